@@ -1,0 +1,122 @@
+"""The fields that every Mixture-of-Experts configuration shares, under the names the ecosystem already reads."""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class MoeConfigMixin:
+    """Mixed in before a dense configuration; see `BertMoeConfig` for the form.
+
+    Args:
+        num_experts: experts a layer, at least 2.
+        num_experts_per_tok: experts that each token is sent to, from 1 to `num_experts`.
+        moe_layers: indices of the layers whose feed-forward network is a mixture; `None` means all of them.
+        moe_intermediate_size: inner width of one expert; `None` means the dense network's.
+        norm_topk_prob: whether the chosen gates are rescaled to sum to 1.
+        router_aux_loss_coef: weight of the load-balancing loss, which is added to `loss` while training.
+        router_z_loss_coef: weight of the router z-loss, likewise.
+        router_jitter_noise: half-width of the uniform noise that multiplies the router's input while training.
+        output_router_logits: whether forward passes return `router_logits`, `aux_loss` and `z_loss`.
+        upcycled_from: the dense checkpoint this model was made from: `source`, `revision`, `sha256` (file -> digest).
+
+    Raises:
+        ValueError: where a value is impossible, in a sentence (wrapped by `strict` configurations).
+    """
+
+    # A family fills these in.
+    modeling_module: ClassVar[str]
+    auto_classes: ClassVar[dict[str, str]]
+
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "router_logits", "aux_loss", "z_loss"]
+
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_layers: list[int] | None = None
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float | int = 0.001
+    router_z_loss_coef: float | int = 0.0
+    router_jitter_noise: float | int = 0.0
+    output_router_logits: bool = False
+    upcycled_from: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.dense_intermediate_size
+
+    @property
+    def dense_intermediate_size(self) -> int:
+        """Inner width of the family's dense feed-forward network."""
+        return self.intermediate_size
+
+    @property
+    def moe_layer_indices(self) -> list[int]:
+        """The layers that are mixtures, in order."""
+        return list(range(self.num_hidden_layers)) if self.moe_layers is None else sorted(self.moe_layers)
+
+    def validate_moe(self):
+        """Refuses impossible values; run by `strict` when a configuration is made and when it is saved."""
+        if self.num_experts < 2:
+            raise ValueError(f"num_experts is {self.num_experts}, but a mixture needs at least 2 experts.")
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}, but it must lie between 1 and "
+                f"num_experts ({self.num_experts})."
+            )
+        if self.moe_intermediate_size < 1:
+            raise ValueError(f"moe_intermediate_size is {self.moe_intermediate_size}, but it must be at least 1.")
+        if not 0 <= self.router_jitter_noise < 1:
+            raise ValueError(f"router_jitter_noise is {self.router_jitter_noise}, but it must lie in [0, 1).")
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but a loss weight can't be negative.")
+        self._validate_moe_layers()
+
+    def _validate_moe_layers(self):
+        if self.moe_layers is None:
+            return
+        if not self.moe_layers:
+            raise ValueError("moe_layers is empty: name at least one layer, or leave it None for all of them.")
+        if len(set(self.moe_layers)) != len(self.moe_layers):
+            raise ValueError(f"moe_layers names a layer twice: {self.moe_layers}.")
+        outside = [layer for layer in self.moe_layers if not 0 <= layer < self.num_hidden_layers]
+        if outside:
+            raise ValueError(
+                f"moe_layers names {outside}, but the model's layers are 0 to {self.num_hidden_layers - 1}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the dense configuration's, always with the full `auto_map`.
+
+        `AutoConfig` goes through the modeling file too: then configuration and model are imported from one folder of
+        the module cache, and the configuration class exists once.
+        """
+        auto_map = {auto: f"{self.modeling_module}.{name}" for auto, name in self.auto_classes.items()}
+        auto_map["AutoConfig"] = f"{self.modeling_module}.{type(self).__name__}"
+        return {**super().to_dict(), "auto_map": auto_map}
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As the dense configuration's, with the code that loads it copied beside it."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self.save_code(save_directory)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def code_files(cls) -> list[Path]:
+        """The source files that a checkpoint of this family carries, from wherever this class was imported."""
+        module_file = sys.modules[cls.__module__].__file__
+        modeling_file = Path(str(module_file)).with_name(f"{cls.modeling_module}.py")
+        return [modeling_file, *sorted(Path(file) for file in get_relative_import_files(modeling_file))]
+
+    @classmethod
+    def save_code(cls, save_directory) -> None:
+        """Copies `code_files` into `save_directory`."""
+        for file in cls.code_files():
+            shutil.copyfile(file, Path(save_directory) / file.name)

@@ -1,0 +1,285 @@
+"""What every Mixture-of-Experts model shares: how a dense class is built with our layers, and the router's losses.
+
+A family subclasses its dense classes. A head is two lines:
+
+    class BertMoeForMaskedLM(BertMoePreTrainedModel, BertForMaskedLM):
+        __init__ = rebind(BertForMaskedLM.__init__, BertModel=BertMoeModel)
+        forward = head_forward(BertForMaskedLM.forward, MoeMaskedLMOutput)
+"""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import initialization as init
+from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    NextSentencePredictorOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.utils import ModelOutput
+
+from .moe_layers import MoeExperts, TopKRouter, load_balancing_loss, router_z_loss
+
+
+def rebind(constructor: Callable, **classes: type) -> Callable:
+    """The dense `constructor`, seeing `classes` where its own module has the dense classes of those names.
+
+    Nothing is patched: the copy has its own globals, so dense models built meanwhile, in any thread, stay dense.
+
+    Raises:
+        ImportError: where the constructor does not use one of the names, so that a new release of Transformers
+            can't leave a dense part inside a mixture unnoticed.
+    """
+    missing = sorted(set(classes) - _names_used(constructor.__code__))
+    if missing:
+        raise ImportError(
+            f"{constructor.__qualname__} of the installed Transformers does not build {', '.join(missing)}: "
+            "this version of the model code does not fit it."
+        )
+    copy = types.FunctionType(
+        constructor.__code__,
+        {**constructor.__globals__, **classes},
+        constructor.__name__,
+        constructor.__defaults__,
+        constructor.__closure__,
+    )
+    copy.__kwdefaults__ = constructor.__kwdefaults__
+    return functools.update_wrapper(copy, constructor)
+
+
+def _names_used(code: types.CodeType) -> set[str]:
+    """Global names in `code` and in the comprehensions inside it."""
+    inner = [_names_used(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return set(code.co_names).union(*inner)
+
+
+class RouterState:
+    """What a body hands up to its head in one forward pass.
+
+    An opaque object on purpose: containers among keyword arguments are copied by FSDP and Accelerate on the way.
+    """
+
+    router_logits: tuple[torch.Tensor, ...] = ()
+    token_mask: torch.Tensor | None = None
+
+
+def body_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Callable:
+    """The dense body's `forward`, returning `router_logits` and filling a head's `router_state`.
+
+    `router_logits` come from Transformers' own output capturing (`_can_record_outputs`): a tuple with one (T, E)
+    tensor a mixture layer, T = batch · sequence, before the softmax.
+    """
+    names = tuple(inspect.signature(dense_forward).parameters)[1:]
+
+    @functools.wraps(dense_forward)
+    def forward(self, *args, router_state: RouterState | None = None, **kwargs):
+        kwargs.update(zip(names, args, strict=False))
+        return_dict = kwargs.pop("return_dict", None)
+        if router_state is not None:
+            kwargs["output_router_logits"] = True
+        outputs = dense_forward(self, **kwargs, return_dict=True)
+        if router_state is not None:
+            router_state.router_logits = outputs["router_logits"]
+            router_state.token_mask = _token_mask(
+                kwargs.get("attention_mask"), outputs[0].shape[-2], router_state.router_logits[0].shape[0]
+            )
+        return _as_requested(self, output_class(**dict(outputs.items())), return_dict)
+
+    return forward
+
+
+def head_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Callable:
+    """The dense head's `forward`, adding the weighted auxiliary losses to `loss` and returning them.
+
+    Extra keyword arguments: `output_router_logits` (default: the configuration's), which makes the outputs carry
+    `router_logits`, `aux_loss` and `z_loss`; and `num_items_in_batch`, the number of labels in the whole optimizer
+    step as Trainer counts it, by which the loss is then normalised, auxiliary part included.
+    While training the losses are always computed, returned, and added to `loss`. In evaluation `loss` is the task's
+    alone, so that it compares with a dense model's.
+    """
+    names = tuple(inspect.signature(dense_forward).parameters)[1:]
+
+    @functools.wraps(dense_forward)
+    def forward(
+        self,
+        *args,
+        output_router_logits: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ):
+        kwargs.update(zip(names, args, strict=False))
+        return_dict = kwargs.pop("return_dict", None)
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        router_state = RouterState() if output_router_logits or self.training else None
+        outputs = dict(dense_forward(self, **kwargs, router_state=router_state, return_dict=True).items())
+
+        if router_state is not None:
+            logits, mask = router_state.router_logits, router_state.token_mask
+            outputs["aux_loss"] = load_balancing_loss(logits, self.config.num_experts_per_tok, mask)
+            outputs["z_loss"] = router_z_loss(logits, mask)
+            if output_router_logits:
+                outputs["router_logits"] = logits
+        if "loss" in outputs:
+            outputs["loss"] = self._total_loss(outputs, kwargs, num_items_in_batch)
+        return _as_requested(self, output_class(**outputs), return_dict)
+
+    return forward
+
+
+def _as_requested(model, outputs: ModelOutput, return_dict: bool | None):
+    if return_dict is None:
+        return_dict = model.config.return_dict
+    return outputs if return_dict else outputs.to_tuple()
+
+
+def _token_mask(attention_mask: Any, sequence_length: int, num_tokens: int) -> torch.Tensor | None:
+    """`attention_mask` as (T,) booleans: the last `sequence_length` columns (a cached mask is longer), flattened.
+
+    None where the mask says nothing about single tokens (a 4-D mask, say).
+    """
+    if not isinstance(attention_mask, torch.Tensor):
+        return None
+    rows = attention_mask.reshape(-1, attention_mask.shape[-1])[:, -sequence_length:]
+    return rows.reshape(-1) != 0 if rows.numel() == num_tokens else None
+
+
+class MoePreTrainedModelMixin:
+    """Mixed in before a family's dense `…PreTrainedModel`."""
+
+    # The loss is normalised by `num_items_in_batch` in every head, which the dense heads do only in part.
+    accepts_loss_kwargs = True
+
+    # Set by the hf_moe package: conversion does not travel with a checkpoint.
+    from_dense: Callable[..., Any]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Transformers would look for the decorator in this class's own file; ours is in moe_layers.py."""
+        return True
+
+    def _initialize_weights(self, module, is_custom_code: bool = False):
+        """Every rule of ours uses `transformers.initialization`, so loaded weights are safe; without this, rules on
+        modules without parameters of their own (GPT-2's scaled `c_proj`) would not run for remote code."""
+        super()._initialize_weights(module, is_custom_code=False)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = getattr(self.config, "initializer_range", None) or 0.02
+        if isinstance(module, TopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, MoeExperts):
+            for name, parameter in module.named_parameters():
+                if name.endswith("_bias"):
+                    init.zeros_(parameter)
+                else:
+                    init.normal_(parameter, mean=0.0, std=std)
+
+    def post_init(self):
+        if isinstance(self, GenerationMixin):
+            self.loss_type = "ForCausalLM"  # Transformers reads it off the class name, which says LMHeadModel here
+        super().post_init()
+
+    def _total_loss(self, outputs: dict, inputs: dict, num_items_in_batch) -> torch.Tensor:
+        """The task's mean loss, plus the weighted auxiliary losses while training, as a share of the whole batch."""
+        loss = outputs["loss"]
+        if self.training:
+            loss = loss + self.config.router_aux_loss_coef * outputs["aux_loss"].to(loss.device)
+            loss = loss + self.config.router_z_loss_coef * outputs["z_loss"].to(loss.device)
+        if num_items_in_batch is None:
+            return loss
+        num_labels = self._num_labels_in(inputs).to(loss.device)
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        # a batch whose labels are all ignored has a mean of 0/0: it counts nothing
+        return torch.where(num_labels > 0, loss, 0.0) * (num_labels / num_items_in_batch)
+
+    def _num_labels_in(self, inputs: dict) -> torch.Tensor:
+        """Counted as Trainer counts `num_items_in_batch`."""
+        if inputs.get("shift_labels") is not None:
+            labels = inputs["shift_labels"]
+        elif LOSS_MAPPING.get(self.loss_type) is ForCausalLMLoss:
+            labels = inputs["labels"][..., 1:]
+        else:
+            labels = inputs["labels"]
+        return labels.ne(-100).sum()
+
+
+@dataclass
+class RouterOutput(ModelOutput):
+    """The fields that a mixture adds to an output.
+
+    Args:
+        aux_loss: load-balancing loss, unweighted, averaged over the layers.
+        z_loss: router z-loss, likewise.
+        router_logits: one (batch · sequence, num_experts) tensor a mixture layer, before the softmax.
+    """
+
+    aux_loss: torch.FloatTensor | None = None
+    z_loss: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class MoeBaseModelOutputWithPastAndCrossAttentions(RouterOutput, BaseModelOutputWithPastAndCrossAttentions):
+    """The dense body's output with the router's fields, as are the classes below for the heads."""
+
+
+@dataclass
+class MoeBaseModelOutputWithPoolingAndCrossAttentions(RouterOutput, BaseModelOutputWithPoolingAndCrossAttentions):
+    pass
+
+
+@dataclass
+class MoeCausalLMOutputWithCrossAttentions(RouterOutput, CausalLMOutputWithCrossAttentions):
+    pass
+
+
+@dataclass
+class MoeMaskedLMOutput(RouterOutput, MaskedLMOutput):
+    pass
+
+
+@dataclass
+class MoeMultipleChoiceModelOutput(RouterOutput, MultipleChoiceModelOutput):
+    pass
+
+
+@dataclass
+class MoeNextSentencePredictorOutput(RouterOutput, NextSentencePredictorOutput):
+    pass
+
+
+@dataclass
+class MoeQuestionAnsweringModelOutput(RouterOutput, QuestionAnsweringModelOutput):
+    pass
+
+
+@dataclass
+class MoeSequenceClassifierOutput(RouterOutput, SequenceClassifierOutput):
+    pass
+
+
+@dataclass
+class MoeSequenceClassifierOutputWithPast(RouterOutput, SequenceClassifierOutputWithPast):
+    pass
+
+
+@dataclass
+class MoeTokenClassifierOutput(RouterOutput, TokenClassifierOutput):
+    pass
