@@ -1,0 +1,16 @@
+"""Dense Transformers checkpoints become Mixture-of-Experts models. Importing this registers them with the Auto classes."""
+
+from hf_moe.auto import register_all
+from hf_moe.convert import from_dense, upcycle
+from hf_moe.modeling.modeling_bert_moe import *
+from hf_moe.modeling.modeling_bert_moe import __all__ as _bert
+from hf_moe.modeling.modeling_gpt2_moe import *
+from hf_moe.modeling.modeling_gpt2_moe import __all__ as _gpt2
+from hf_moe.modeling.modeling_moe import MoePreTrainedModelMixin
+
+from hf_moe.version import __version__
+
+__all__ = ["upcycle", *_bert, *_gpt2]
+
+register_all()
+MoePreTrainedModelMixin.from_dense = classmethod(from_dense)

@@ -1,0 +1,23 @@
+"""The models: the files beside this one travel inside every checkpoint, so they import only torch, transformers and
+each other. This file stays at home."""
+
+from importlib import import_module
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .configuration_bert_moe import BertMoeConfig
+from .configuration_gpt2_moe import GPT2MoeConfig
+
+# Dense `model_type` -> the mixture's configuration.
+CONFIGS: dict[str, type[PretrainedConfig]] = {"bert": BertMoeConfig, "gpt2": GPT2MoeConfig}
+
+
+def modeling_module(config_class: type[PretrainedConfig]) -> Any:
+    """The module with the models of a configuration."""
+    return import_module(f".{config_class.modeling_module}", __package__)
+
+
+def model_class(config_class: type[PretrainedConfig], name: str) -> type[PreTrainedModel]:
+    """One of them by its name."""
+    return getattr(modeling_module(config_class), name)

@@ -1,0 +1,24 @@
+"""Conversion of dense checkpoints into mixtures. Imported as `hf_moe.convert`."""
+
+from .certificate import certify, read_certificate, write_certificate
+from .checkpoint import Checkpoint, open_checkpoint
+from .families import FAMILIES, Family
+from .plan import Plan, TensorPlan, plan_upcycle
+from .conversion import Progress, Upcycled, from_dense, upcycle
+
+__all__ = [
+    "FAMILIES",
+    "Checkpoint",
+    "Family",
+    "Plan",
+    "Progress",
+    "TensorPlan",
+    "Upcycled",
+    "certify",
+    "from_dense",
+    "open_checkpoint",
+    "plan_upcycle",
+    "read_certificate",
+    "upcycle",
+    "write_certificate",
+]

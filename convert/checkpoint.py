@@ -1,0 +1,271 @@
+"""Reading a checkpoint folder without building its model: config.json and safetensors headers, checked strictly."""
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from hf_moe.errors import SourceError
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+# What a conversion takes along besides the weights; nothing else of a source is copied, or downloaded.
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE*",
+    "LICENCE*",
+    "COPYING*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as a safetensors header describes it; `start` is its first byte in `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder: its configuration and where each tensor lies. Nothing is loaded.
+
+    Args:
+        path: the folder.
+        source: the Hub id or folder name it goes by.
+        revision: the commit, for a checkpoint from the Hub.
+        config: `config.json` as it stands.
+        tensors: name -> where it lies, in the order of the files.
+    """
+
+    path: Path
+    source: str
+    revision: str | None
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({info.file for info in self.tensors.values()})
+
+    @property
+    def side_files(self) -> list[Path]:
+        return sorted({file for pattern in SIDE_FILES for file in self.path.glob(pattern) if file.is_file()})
+
+    @cached_property
+    def sha256(self) -> dict[str, str]:
+        """Digest of each weights file, as `sha256sum` prints it."""
+        return {file.name: file_sha256(file) for file in self.files}
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, read from its file (not memory-mapped: a file cut short meanwhile must not kill us).
+
+        Raises:
+            SourceError: where the file ends before the tensor does.
+        """
+        info = self.tensors[name]
+        return torch.frombuffer(self.read_bytes(name), dtype=DTYPES[info.dtype]).view(info.shape)
+
+    def read_bytes(self, name: str) -> bytearray:
+        """The bytes of tensor `name`, little-endian and row-major; errors as in `read`."""
+        info = self.tensors[name]
+        data = bytearray(info.nbytes)
+        with open(info.file, "rb", buffering=0) as file:
+            file.seek(info.start)
+            view, filled = memoryview(data), 0
+            while filled < info.nbytes:
+                count = file.readinto(view[filled:])
+                if not count:
+                    raise SourceError(f"{info.file}: ends inside tensor {name!r}; the file changed while it was read.")
+                filled += count
+        return data
+
+
+def file_sha256(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    """Opens a local folder, or downloads the weights, configuration and tokenizer of a Hub repository.
+
+    Raises:
+        SourceError: where there is no such checkpoint, or it is damaged or unsafe; in one line.
+    """
+    path, commit = _find(source, revision)
+    name = str(source) if commit else path.resolve().name
+    return Checkpoint(path=path, source=name, revision=commit, config=read_config(path), tensors=_read_tensors(path))
+
+
+def _find(source: str | os.PathLike[str], revision: str | None) -> tuple[Path, str | None]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path, None
+    if path.exists():
+        raise SourceError(f"{path}: is a file; name the folder that holds config.json and the weights.")
+    text = str(source)
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise SourceError(f"{text}: no such folder.")
+    try:
+        patterns = ["config.json", "*.safetensors", INDEX_NAME, *SIDE_FILES]
+        folder = Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SourceError(f"{text}: no such folder, and the Hub did not give it either ({reason})") from error
+    return folder, folder.name
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; duplicate keys are refused.
+
+    Raises:
+        SourceError: where the file is missing, no JSON, or no object.
+    """
+
+    def unique(pairs):
+        keys = [key for key, _ in pairs]
+        twice = {key for key in keys if keys.count(key) > 1} if len(set(keys)) < len(keys) else None
+        if twice:
+            raise SourceError(f"{file}: key {sorted(twice)[0]!r} stands twice.")
+        return dict(pairs)
+
+    try:
+        value = json.loads(file.read_bytes(), object_pairs_hook=unique)
+    except FileNotFoundError as error:
+        raise SourceError(f"{file.parent}: has no {file.name}.") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{file}: is no JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{file}: should hold a JSON object, but holds a {type(value).__name__}.")
+    return value
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """`config.json` of a folder; errors as in `read_json`."""
+    if not any(path.iterdir()):
+        raise SourceError(f"{path}: the folder is empty.")
+    return read_json(path / "config.json")
+
+
+def _read_tensors(path: Path) -> dict[str, TensorInfo]:
+    index_file = path / INDEX_NAME
+    if (path / WEIGHTS_NAME).is_file():  # as Transformers does, a single file wins over an index
+        return dict(_read_header(path / WEIGHTS_NAME, path))
+    if index_file.is_file():
+        return _read_shards(path, index_file)
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        raise SourceError(
+            f"{path}: holds only pickled weights ({pickles[0]}), which can run code when opened; save it as "
+            "safetensors first (from_pretrained, then save_pretrained)."
+        )
+    raise SourceError(f"{path}: has a config.json but no weights ({WEIGHTS_NAME} or {INDEX_NAME}).")
+
+
+def _read_shards(path: Path, index_file: Path) -> dict[str, TensorInfo]:
+    weight_map = read_json(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{index_file}: has no weight_map.")
+    tensors: dict[str, TensorInfo] = {}
+    for shard in sorted({str(file) for file in weight_map.values()}):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise SourceError(f"{index_file}: names {shard!r}, which is no safetensors file of this folder.")
+        if not (path / shard).is_file():
+            raise SourceError(f"{path}: shard {shard} is missing, though the index names it.")
+        for name, info in _read_header(path / shard, path):
+            if name in tensors:
+                raise SourceError(f"{path}: tensor {name!r} stands in two shards, {tensors[name].file.name} and {shard}.")
+            tensors[name] = info
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].file.name != shard:
+            raise SourceError(f"{index_file}: tensor {name!r} should be in {shard}, but is not.")
+    unlisted = sorted(set(tensors) - set(weight_map))
+    if unlisted:
+        raise SourceError(f"{index_file}: does not list tensor {unlisted[0]!r}, which {tensors[unlisted[0]].file.name} holds.")
+    return tensors
+
+
+def _read_header(file: Path, folder: Path) -> Iterator[tuple[str, TensorInfo]]:
+    """Tensors of one safetensors file, after checking that header and file agree to the byte."""
+    _check_inside(file, folder)
+    size = file.stat().st_size
+    with open(file, "rb") as handle:
+        prefix = handle.read(8)
+        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size - 8):
+            raise SourceError(f"{file}: is cut short or no safetensors file (header of {header_bytes} bytes).")
+        raw = handle.read(header_bytes)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        position = 0
+        for name, entry in entries:
+            start, end = entry["data_offsets"]
+            if entry["dtype"] not in DTYPES:
+                raise SourceError(f"{file}: tensor {name!r} has dtype {entry['dtype']}, which is not read here.")
+            info = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file, 8 + header_bytes + start)
+            if start != position or end - start != info.nbytes or any(side < 0 for side in info.shape):
+                raise SourceError(f"{file}: the header's offsets of tensor {name!r} do not fit its shape.")
+            position = end
+            yield name, info
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"{file}: its safetensors header can't be read ({error}).") from error
+    if 8 + header_bytes + position != size:
+        held = size - 8 - header_bytes
+        raise SourceError(f"{file}: should hold {position} bytes of tensors, but holds {held}: it is cut short or damaged.")
+
+
+def _check_inside(file: Path, folder: Path) -> None:
+    """A link may lead to the Hub cache's own blobs, and nowhere else out of the folder."""
+    folder = folder.resolve()
+    allowed = [folder] + ([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])
+    if not any(file.resolve().is_relative_to(root) for root in allowed):
+        raise SourceError(f"{file}: is a link that leads out of its folder, to {file.resolve()}.")

@@ -1,0 +1,148 @@
+"""From a dense checkpoint to a mixture on disk: open, plan, write, certify, rename."""
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+
+from hf_moe.errors import CertificateError
+from hf_moe.recipe import UpcycleRecipe
+
+from .certificate import certify, explain, write_certificate
+from .checkpoint import Checkpoint, open_checkpoint, read_json
+from .output import check_output, whole_folder
+from .plan import EXACT, Plan, plan_upcycle
+from .stream import write_weights
+
+RECIPE_NAME = "recipe.yaml"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+class Progress:
+    """Told what happens; this one tells nobody. The command line draws bars from it."""
+
+    def stage(self, name: str) -> None:
+        """A new stage begins."""
+
+    def total(self, nbytes: int) -> None:
+        """This many bytes will be written."""
+
+    def wrote(self, nbytes: int) -> None:
+        """This many more bytes are written."""
+
+
+@dataclass(frozen=True)
+class Upcycled:
+    """What a conversion made: where it lies, the plan it followed, and its certificate (None if not verified)."""
+
+    path: Path
+    plan: Plan
+    certificate: dict[str, Any] | None
+
+
+def upcycle(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    verify: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Upcycled:
+    """Turns the dense checkpoint `source` into a Mixture-of-Experts checkpoint in the folder `output`.
+
+    Args:
+        source: a folder or a Hub id.
+        output: a folder that does not exist yet.
+        verify: whether the result is held against `source` before it takes its place.
+        overwrite: whether an existing `output` is replaced, once the new one is whole.
+        progress: is told what happens.
+        options: the fields of `UpcycleRecipe`: `num_experts`, `num_experts_per_tok`, `moe_layers`, …
+
+    Raises:
+        UsageError, SourceError, OutputError: where it can't be done, in one line; nothing is written.
+        CertificateError: where the result is not the function it should be; nothing is left behind.
+    """
+    recipe = UpcycleRecipe.from_dict({"base_model": str(source), **options}, where="upcycle")
+    return run(recipe, Path(output), verify=verify, overwrite=overwrite, progress=progress or Progress())
+
+
+def run(recipe: UpcycleRecipe, output: Path, *, verify: bool, overwrite: bool, progress: Progress) -> Upcycled:
+    """Carries out `recipe`; arguments and errors as in `upcycle`."""
+    checkpoint = open_checkpoint(recipe.base_model, recipe.revision)
+    plan = plan_upcycle(checkpoint, recipe)
+    plan.check()
+    check_output(output, checkpoint.path, plan.nbytes, overwrite)
+    certificate = None
+    with whole_folder(output) as folder:
+        progress.stage("writing")
+        progress.total(plan.nbytes)
+        write_weights(plan, checkpoint, folder, progress.wrote)
+        _write_beside(plan, checkpoint, folder)
+        if verify:
+            certificate = certify(checkpoint, open_checkpoint(folder), progress=progress.stage)
+            if plan.exactness == EXACT and not certificate["passed"]:
+                raise CertificateError(f"{recipe.base_model}: the mixture is not the dense function: {explain(certificate)}")
+            write_certificate(certificate, folder)
+    return Upcycled(output, plan, certificate)
+
+
+def _write_beside(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
+    """Configuration, code, recipe, and what comes along from the source."""
+    assert plan.config is not None and plan.family is not None  # of every plan without problems
+    plan.config.upcycled_from = {
+        "source": checkpoint.source,
+        "revision": checkpoint.revision,
+        "sha256": checkpoint.sha256,
+    }
+    plan.config.to_json_file(folder / "config.json")
+    plan.config.save_code(folder)
+    # the source's name, not its path: the folder may be published, and its digest is in config.json
+    recipe = replace(plan.recipe, base_model=checkpoint.source, revision=checkpoint.revision)
+    (folder / RECIPE_NAME).write_text(recipe.to_yaml(), encoding="utf-8")
+    for file in checkpoint.side_files:
+        shutil.copyfile(file, folder / file.name)
+    _name_tokenizer(plan.family.model_type, folder)
+
+
+def _name_tokenizer(model_type: str, folder: Path) -> None:
+    """Writes the tokenizer's class down where the source left it to its `model_type`, which the mixture changes."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")):
+        return
+    file = folder / TOKENIZER_CONFIG
+    values = read_json(file) if file.is_file() else {}
+    if "tokenizer_class" not in values:
+        tokenizer_class = transformers.TOKENIZER_MAPPING[transformers.CONFIG_MAPPING[model_type]]
+        if isinstance(tokenizer_class, tuple):
+            tokenizer_class = next(cls for cls in reversed(tokenizer_class) if cls is not None)
+        values["tokenizer_class"] = tokenizer_class.__name__.removesuffix("Fast")
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def from_dense(
+    cls: type[PreTrainedModel], source: str | os.PathLike[str], *, dtype: Any = "auto", **options: Any
+) -> PreTrainedModel:
+    """A mixture of class `cls`, in memory, from the dense checkpoint `source`.
+
+    A head that `source` lacks is initialised at random, as `from_pretrained` would. For a checkpoint on disk with a
+    certificate, use `upcycle`.
+
+    Args:
+        source: a folder or a Hub id.
+        dtype: as in `from_pretrained`.
+        options: the fields of `UpcycleRecipe`.
+
+    Raises:
+        UsageError, SourceError, OutputError: as in `upcycle`.
+    """
+    with tempfile.TemporaryDirectory(prefix="hf_moe.") as folder:
+        made = upcycle(source, Path(folder) / "moe", verify=False, **options)
+        model = cls.from_pretrained(made.path, dtype=dtype)
+    model.config._name_or_path = model.name_or_path = str(source)
+    return model

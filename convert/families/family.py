@@ -1,0 +1,34 @@
+"""The form of a family's table: where a dense architecture keeps its feed-forward network."""
+
+from dataclasses import dataclass, field
+
+from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One dense architecture. Module names are relative to a layer, the layer's to the model's body.
+
+    Args:
+        config_class: the mixture's configuration; its `model_type` is the dense one with `_moe` behind it.
+        layer: name of a layer, with `{layer}` for its index.
+        up: the projection into the inner width; its input is what the router reads.
+        down: the projection out of it.
+        norm: the norm that makes the feed-forward network's input, by which the router's start is calibrated.
+        transposed: whether the projections store (in, out), as GPT-2's Conv1D does.
+        renamed: endings of old checkpoints' tensor names -> today's.
+        dropped: regular expressions of tensors that are not carried over -> why.
+    """
+
+    config_class: type[PretrainedConfig]
+    layer: str
+    up: str
+    down: str
+    norm: str
+    transposed: bool = False
+    renamed: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def model_type(self) -> str:
+        return self.config_class.model_type.removesuffix("_moe")

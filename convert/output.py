@@ -1,0 +1,105 @@
+"""The output folder: checked before anything is written, filled under another name, renamed when it is whole."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hf_moe.errors import OutputError, UsageError
+
+
+def check_output(output: Path, source: Path, nbytes: int, overwrite: bool) -> None:
+    """Refuses an output that exists, overlaps the source, or can't hold `nbytes`.
+
+    Raises:
+        UsageError, OutputError: in one line.
+    """
+    resolved, dense = output.resolve(), source.resolve()
+    if resolved == dense or resolved.is_relative_to(dense) or dense.is_relative_to(resolved):
+        raise UsageError(f"{output}: overlaps the source {source}; choose a folder outside it.")
+    if output.exists() or output.is_symlink():
+        if not overwrite:
+            raise UsageError(f"{output}: exists already; --overwrite replaces it.")
+        if output.is_symlink() or not output.is_dir():
+            raise UsageError(f"{output}: is no folder, so it is not overwritten.")
+    parent = _existing_parent(resolved)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"{output}: can't be written, {parent} is read-only.")
+    free = shutil.disk_usage(parent).free
+    if free < nbytes:
+        raise OutputError(f"{output}: needs {nbytes:,} bytes, but {parent} has {free:,} free.")
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.parents if parent.exists())
+
+
+@contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `output` in one rename when the block ends well, and vanishes when it doesn't.
+
+    Raises:
+        OutputError: where the file system refuses (read-only, no space left).
+    """
+    output = output.absolute()
+    partial = None
+    try:
+        made = _make_parents(output.parent)
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+        try:
+            yield partial
+            _sync(partial)
+            partial.chmod(0o777 & ~_umask())
+            _replace(partial, output)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            for parent in made:
+                parent.rmdir()
+            raise
+    except OSError as error:
+        raise OutputError(f"{output}: can't be written ({error.strerror or error}).") from error
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Makes the missing folders; returns them, innermost first."""
+    missing = []
+    while not parent.exists():
+        missing.append(parent)
+        parent = parent.parent
+    for folder in reversed(missing):
+        folder.mkdir()
+    return missing
+
+
+def _sync(folder: Path) -> None:
+    """Everything on disk before the rename says that it is."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _replace(partial: Path, output: Path) -> None:
+    """Renames `partial` to `output`; an old `output` steps aside first and is deleted last."""
+    old = None
+    if output.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
+        output.rename(old)
+    try:
+        partial.rename(output)
+    except OSError:
+        if old is not None:
+            old.rename(output)
+        raise
+    if old is not None:
+        shutil.rmtree(old)

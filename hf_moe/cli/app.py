@@ -1,0 +1,145 @@
+"""The commands of `hf-moe`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hf_moe.cli import show
+from hf_moe.convert import certify, conversion, open_checkpoint, plan_upcycle, write_certificate
+from hf_moe.convert.describe import describe_checkpoint, describe_plan
+from hf_moe.errors import SourceError, UsageError
+from hf_moe.recipe import UpcycleRecipe
+from hf_moe.version import __version__
+
+app = typer.Typer(
+    name="hf-moe",
+    help="Turns dense Transformers checkpoints into Mixture-of-Experts models that start as exactly the same function.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"hf-moe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: hf-moe upcycle ./bert-base ./bert-moe --num-experts 8 --top-k 2 --layers every-2")
+def upcycle(
+    source: Annotated[str, typer.Argument(help="Dense checkpoint: a folder, a Hub id, or a recipe (FILE.yaml).")],
+    output: Annotated[Path, typer.Argument(help="Folder to make.")],
+    num_experts: Annotated[int | None, typer.Option(help="Experts a layer. [default: 8]")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts that each token is sent to. [default: 2]")] = None,
+    layers: Annotated[str | None, typer.Option(help="'all', 'every-2', or indices: '0,3,5'. [default: all]")] = None,
+    noise_std: Annotated[
+        float | None, typer.Option(help="Noise on the experts, in units of each matrix's own deviation. [default: 0]")
+    ] = None,
+    router_logit_std: Annotated[
+        float | None, typer.Option(help="Deviation that the router's logits start with. [default: 0.1]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything drawn at random. [default: 0]")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="Largest weights file. [default: 5GB]")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub checkpoint.")] = None,
+    allow_nonfinite: Annotated[
+        bool | None, typer.Option("--allow-nonfinite", help="Convert NaN and Inf as they are.")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Hold the result against the dense model.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its bytes; write nothing.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn a dense checkpoint into a mixture of experts that computes the same function."""
+    options = {
+        "num_experts": num_experts,
+        "num_experts_per_tok": top_k,
+        "moe_layers": layers,
+        "noise_std": noise_std,
+        "router_logit_std": router_logit_std,
+        "seed": seed,
+        "max_shard_size": max_shard_size,
+        "revision": revision,
+        "allow_nonfinite": allow_nonfinite,
+    }
+    recipe = _recipe(source, {name: value for name, value in options.items() if value is not None})
+    if dry_run:
+        plan = plan_upcycle(open_checkpoint(recipe.base_model, recipe.revision), recipe)
+        if not quiet:
+            show.fields(describe_plan(plan), json)
+        plan.check()
+        return
+    with show.Bars(enabled=not (json or quiet)) as progress:
+        made = conversion.run(recipe, output, verify=verify, overwrite=overwrite, progress=progress)
+    if not quiet:
+        show.upcycled(describe_plan(made.plan) | {"output": str(output)}, made.certificate, json)
+
+
+def _recipe(source: str, options: dict[str, Any]) -> UpcycleRecipe:
+    if source.endswith((".yaml", ".yml")):
+        return UpcycleRecipe.from_yaml(Path(source), **options)
+    return UpcycleRecipe.from_dict({"base_model": source, **options}, where="upcycle")
+
+
+@app.command(epilog="Example: hf-moe inspect ./bert-moe --json")
+def inspect(
+    path: Annotated[str, typer.Argument(help="Checkpoint: a folder or a Hub id.")],
+    json: Json = False,
+) -> None:
+    """Say what a checkpoint is: family, layers, parameters, experts, certificate."""
+    show.fields(describe_checkpoint(open_checkpoint(path)), json)
+
+
+@app.command(epilog="Example: hf-moe verify ./bert-base ./bert-moe")
+def verify(
+    dense: Annotated[str, typer.Argument(help="Dense checkpoint: a folder or a Hub id.")],
+    moe: Annotated[str, typer.Argument(help="The mixture made from it: a folder or a Hub id.")],
+    text: Annotated[Path | None, typer.Option(help="File whose lines are compared on, instead of the built-in ones.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Allowed relative difference, in both dtypes. [default: 1e-6 and 1e-12]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random ids.")] = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how far a mixture is from its dense model, write certificate.json, and fail beyond the tolerance."""
+    dense_checkpoint, moe_checkpoint = open_checkpoint(dense), open_checkpoint(moe)
+    with show.Bars(enabled=not (json or quiet)) as progress:
+        certificate = certify(
+            dense_checkpoint,
+            moe_checkpoint,
+            texts=_lines(text),
+            tolerance=None if tolerance is None else {"float32": tolerance, "float64": tolerance},
+            seed=seed,
+            progress=progress.stage,
+        )
+    if moe_checkpoint.revision is None:
+        write_certificate(certificate, moe_checkpoint.path)
+    if not quiet:
+        show.certificate(certificate, json)
+    if not certificate["passed"]:
+        raise typer.Exit(1)
+
+
+def _lines(file: Path | None) -> list[str] | None:
+    if file is None:
+        return None
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{file}: can't be read as text ({error}).") from error
+    if not lines:
+        raise UsageError(f"{file}: holds no text.")
+    return lines
