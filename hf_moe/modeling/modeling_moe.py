@@ -99,6 +99,7 @@ def body_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
             )
         return _as_requested(self, output_class(**dict(outputs.items())), return_dict)
 
+    forward.__annotations__ = {**dense_forward.__annotations__, "return": tuple | output_class}  # wraps shares theirs
     return forward
 
 
@@ -138,6 +139,7 @@ def head_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
             outputs["loss"] = self._total_loss(outputs, kwargs, num_items_in_batch)
         return _as_requested(self, output_class(**outputs), return_dict)
 
+    forward.__annotations__ = {**dense_forward.__annotations__, "return": tuple | output_class}  # wraps shares theirs
     return forward
 
 

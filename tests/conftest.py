@@ -1,0 +1,122 @@
+"""Tiny dense checkpoints, made once a session: real files on disk, as a user would have them."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in a test may wait for a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers run side by side
+
+import pytest
+import torch
+from transformers import BertConfig, BertTokenizer, GPT2Config, GPT2Tokenizer
+
+import hf_moe
+from hf_moe.modeling import CONFIGS, model_class
+
+torch.set_num_threads(1)
+
+WORDS = "the a dog cat sat on mat war peace nation free people law god earth light ##s ##ing ##ed".split()
+DENSE_CONFIGS = {
+    "bert": lambda **kwargs: BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        **kwargs,
+    ),
+    "gpt2": lambda **kwargs: GPT2Config(
+        vocab_size=300,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        **kwargs,
+    ),
+}
+FAMILIES = sorted(CONFIGS)
+
+
+def dense_classes(family: str) -> dict[str, type]:
+    """Name of each dense class of a family -> the class."""
+    return {cls.__bases__[1].__name__: cls.__bases__[1] for cls in moe_classes(family).values()}
+
+
+def moe_classes(family: str) -> dict[str, type]:
+    """Name of each mixture class of a family -> the class, bodies and heads."""
+    config_class = CONFIGS[family]
+    names = [name for name in dir(hf_moe) if name.startswith(config_class.__name__.removesuffix("Config"))]
+    classes = {name: getattr(hf_moe, name) for name in names}
+    return {name: cls for name, cls in classes.items() if "forward" in vars(cls)}
+
+
+def scatter(model: torch.nn.Module) -> torch.nn.Module:
+    """Every parameter away from its start: biases that are zero, and norms that are one, would hide mistakes."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def save_tokenizer(family: str, folder) -> None:
+    if family == "bert":
+        vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+        BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
+    else:
+        letters = ["<s>", "</s>", "<pad>", *"abcdefghijklmnopqrstuvwxyzĠ.,"]
+        GPT2Tokenizer(
+            vocab={letter: i for i, letter in enumerate(letters)},
+            merges=[],
+            bos_token="<s>",
+            eos_token="</s>",
+            pad_token="<pad>",
+            unk_token="<pad>",
+        ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def dense_folder(tmp_path_factory):
+    """(family, dense class name, **config) -> a checkpoint folder with tokenizer, made once."""
+    made = {}
+
+    def make(family: str, name: str | None = None, max_shard_size: str = "5GB", **config):
+        name = name or {"bert": "BertForMaskedLM", "gpt2": "GPT2LMHeadModel"}[family]
+        key = (name, max_shard_size, *sorted(config.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(name)
+            torch.manual_seed(0)
+            if name == "BertLMHeadModel":
+                config["is_decoder"] = True
+            model = scatter(dense_classes(family)[name](DENSE_CONFIGS[family](**config)))
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+            save_tokenizer(family, folder)
+            (folder / "LICENSE.txt").write_text("Apache-2.0\n")
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+def tiny_moe(family: str, class_name: str | None = None, **config):
+    """A mixture with random weights, in evaluation mode."""
+    config_class = CONFIGS[family]
+    dense = DENSE_CONFIGS[family]().to_dict()
+    values = {name: value for name, value in dense.items() if name not in ("model_type", "architectures")}
+    values = {"num_experts": 4, "moe_layers": [0, 2], **values, **config}
+    class_name = class_name or config_class.auto_classes["AutoModelForCausalLM" if family == "gpt2" else "AutoModelForMaskedLM"]
+    torch.manual_seed(0)
+    return scatter(model_class(config_class, class_name)(config_class(**values)))
+
+
+def batch(family: str, rows: int = 2, length: int = 10, padding: bool = True, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Token ids and mask (rows, length), the last row padded."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 60, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    if padding:
+        mask[-1, length // 2 :] = 0
+    return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,286 @@
+"""What users do with a Transformers model keeps working: generation, checkpointing, compile, resize, PEFT, pipelines."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import infer_auto_device_map
+from peft import LoraConfig, PeftModel, get_peft_model
+from tests.conftest import FAMILIES, batch, save_tokenizer, tiny_moe
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, StaticCache, pipeline
+
+LM_AUTO = {"bert": AutoModelForMaskedLM, "gpt2": AutoModelForCausalLM}
+ATTENTION = {"bert": ["query", "value"], "gpt2": ["c_attn"]}
+
+both = pytest.mark.parametrize("family", FAMILIES)
+
+
+def lm_inputs(family, **kwargs):
+    inputs = batch(family, **kwargs)
+    return {**inputs, "labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def gradients(model, inputs):
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(one, other, tolerance=1e-5):
+    torch.testing.assert_close(one[0], other[0], rtol=tolerance, atol=tolerance)
+    assert one[1].keys() == other[1].keys()
+    for name in one[1]:
+        torch.testing.assert_close(one[1][name], other[1][name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+@both
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_experts_implementations_agree_in_the_whole_model(family, implementation):
+    model = without_dropout(tiny_moe(family)).train()
+    assert model.config._experts_implementation == "grouped_mm"  # the default, and not silently the loop
+    model.set_experts_implementation("eager")
+    expected = gradients(model, lm_inputs(family))
+    model.set_experts_implementation(implementation)
+    assert model.base_model.config._experts_implementation == implementation
+    assert_same(gradients(model, lm_inputs(family)), expected, tolerance=1e-4)
+
+
+@both
+def test_experts_implementation_survives_a_dense_model_built_before(family):
+    model = tiny_moe(family)
+    type(model).__bases__[1](type(model).__bases__[1].config_class(num_hidden_layers=1))
+    assert tiny_moe(family).config._experts_implementation == "grouped_mm"
+
+
+@both
+def test_gradient_checkpointing_changes_no_gradient(family):
+    model = without_dropout(tiny_moe(family, router_aux_loss_coef=0.5, router_z_loss_coef=0.1)).train()
+    expected = gradients(model, lm_inputs(family))
+    model.gradient_checkpointing_enable()
+    assert_same(gradients(model, lm_inputs(family)), expected)
+
+
+@both
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_implementations(family, attention, tmp_path):
+    model = tiny_moe(family)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, attn_implementation=attention)
+    assert again.config._attn_implementation == attention
+    inputs = batch(family)
+    kept = inputs["attention_mask"].bool()
+    torch.testing.assert_close(again(**inputs).logits[kept], model(**inputs).logits[kept], rtol=1e-4, atol=1e-5)
+
+
+def test_attentions_and_router_logits_together():
+    model = tiny_moe("bert", attn_implementation="eager")
+    outputs = model(**batch("bert"), output_attentions=True, output_router_logits=True)
+    assert len(outputs.attentions) == 3
+    assert len(outputs.router_logits) == 2
+
+
+def test_cache_gives_the_same_text():
+    model = tiny_moe("gpt2")
+    inputs = batch("gpt2", padding=False)
+    texts = [model.generate(**inputs, max_new_tokens=12, do_sample=False, use_cache=use) for use in (True, False)]
+    assert torch.equal(*texts)
+
+
+def test_generation_returns_to_plain_outputs_with_router_logits_switched_on():
+    model = tiny_moe("gpt2", output_router_logits=True)
+    inputs = batch("gpt2")
+    inputs = {name: value.flip(1) for name, value in inputs.items()}  # padding on the left, as for generation
+    generated = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert generated.shape == (2, 15)
+
+
+def test_a_cached_mask_is_longer_than_the_tokens():
+    model = tiny_moe("gpt2")
+    inputs = batch("gpt2", padding=False)
+    whole = model(**inputs, output_router_logits=True)
+    first = model(input_ids=inputs["input_ids"][:, :6], use_cache=True)
+    rest = model(
+        input_ids=inputs["input_ids"][:, 6:],
+        attention_mask=inputs["attention_mask"],
+        past_key_values=first.past_key_values,
+        output_router_logits=True,
+    )
+    assert rest.router_logits[0].shape == (8, 4)
+    expected = whole.router_logits[0].view(2, 10, 4)[:, 6:].reshape(8, 4)
+    torch.testing.assert_close(rest.router_logits[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_static_cache():
+    model = tiny_moe("gpt2")
+    inputs = batch("gpt2", padding=False)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    static = model.generate(**inputs, max_new_tokens=6, do_sample=False, past_key_values=cache)
+    assert torch.equal(static, model.generate(**inputs, max_new_tokens=6, do_sample=False))
+
+
+@both
+def test_bfloat16(family, tmp_path):
+    model = tiny_moe(family)
+    model.save_pretrained(tmp_path)
+    half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    outputs = half(**lm_inputs(family), output_router_logits=True)
+    assert outputs.logits.dtype == torch.bfloat16
+    assert outputs.router_logits[0].dtype == torch.float32
+    half.train()(**lm_inputs(family)).loss.backward()
+    assert half.base_model.get_parameter(expert_name(half)).grad.dtype == torch.bfloat16
+
+
+def expert_name(model):
+    return next(name for name, _ in model.base_model.named_parameters() if name.endswith("experts.up_proj"))
+
+
+@both
+def test_float64_runs_whatever_the_implementation(family):
+    model = tiny_moe(family).double()
+    assert model(**batch(family)).logits.dtype == torch.float64
+
+
+@both
+def test_autocast(family):
+    model = without_dropout(tiny_moe(family)).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**lm_inputs(family)).loss
+    loss.backward()
+    torch.testing.assert_close(loss, model(**lm_inputs(family)).loss, rtol=0.02, atol=0.02)
+
+
+@both
+def test_device_map(family, tmp_path):
+    model = tiny_moe(family)
+    model.save_pretrained(tmp_path)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    device_map = infer_auto_device_map(
+        model, {"cpu": size // 2, "disk": 10 * size}, no_split_module_classes=model._no_split_modules
+    )
+    assert set(device_map.values()) == {"cpu", "disk"}
+    offloaded = type(model).from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "offload")
+    assert any(p.device.type == "meta" for p in offloaded.parameters())
+    inputs = batch(family)
+    torch.testing.assert_close(offloaded(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-6)
+    assert set(model._no_split_modules) <= {type(module).__name__ for module in model.modules()}
+
+
+@both
+def test_embeddings_stay_tied_and_can_be_resized(family, tmp_path):
+    model = tiny_moe(family)
+    vocabulary = model.config.vocab_size
+    model.resize_token_embeddings(vocabulary + 8)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert model(**batch(family)).logits.shape[-1] == vocabulary + 8
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    assert torch.equal(again(**batch(family)).logits, model(**batch(family)).logits)
+
+
+@both
+def test_untied_embeddings_stay_untied(family, tmp_path):
+    model = tiny_moe(family, tie_word_embeddings=False)
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(again(**batch(family)).logits, model(**batch(family)).logits)
+
+
+@both
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_compile_in_one_graph(family, implementation):
+    model = without_dropout(tiny_moe(family)).train()
+    model.set_experts_implementation(implementation)
+    expected = gradients(model, lm_inputs(family))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled.zero_grad()
+    loss = compiled(**lm_inputs(family)).loss
+    loss.backward()
+    got = loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert_same(got, expected, tolerance=1e-4)
+
+
+@both
+def test_saved_and_loaded_is_the_same_model(family, tmp_path):
+    model = tiny_moe(family)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(again(**batch(family)).logits, model(**batch(family)).logits)
+    by_auto = LM_AUTO[family].from_pretrained(tmp_path)
+    assert type(by_auto) is type(model)
+
+
+@both
+def test_a_partial_load_initialises_what_is_missing(family, tmp_path):
+    model = tiny_moe(family)
+    model.save_pretrained(tmp_path)
+    more_layers, info = type(model).from_pretrained(tmp_path, moe_layers=[0, 1, 2], output_loading_info=True)
+    missing = {name.rpartition("mlp.")[2] for name in info["missing_keys"]}
+    experts = {"experts.up_proj", "experts.up_proj_bias", "experts.down_proj", "experts.down_proj_bias"}
+    assert missing == {"gate.weight", *experts}
+    states = more_layers.state_dict()
+    for name in info["missing_keys"]:
+        deviation = states[name].std().item()
+        assert deviation == 0 if name.endswith("_bias") else 0.005 < deviation < 0.03
+    same = [name for name in model.state_dict() if name in states]
+    assert all(torch.equal(states[name], model.state_dict()[name]) for name in same)
+
+
+@both
+def test_deepcopy(family):
+    model = tiny_moe(family)
+    assert torch.equal(copy.deepcopy(model)(**batch(family)).logits, model(**batch(family)).logits)
+
+
+@both
+@pytest.mark.parametrize("target", ["attention", "experts", "router"])
+def test_peft_trains_saves_loads_and_merges(family, target, tmp_path):
+    model = tiny_moe(family)
+    model.save_pretrained(tmp_path / "base")
+    options = {
+        "attention": {"target_modules": ATTENTION[family]},
+        "experts": {"target_modules": [], "target_parameters": ["mlp.experts.up_proj", "mlp.experts.down_proj"]},
+        "router": {"target_modules": ATTENTION[family], "modules_to_save": ["gate"]},
+    }[target]
+    peft_model = get_peft_model(model, LoraConfig(r=4, lora_dropout=0.0, **options))
+    optimizer = torch.optim.SGD([p for p in peft_model.parameters() if p.requires_grad], lr=1.0)
+    before = peft_model(**batch(family)).logits
+    for _ in range(2):
+        peft_model.train()(**lm_inputs(family)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = peft_model.eval()(**batch(family)).logits
+    assert not torch.allclose(before, trained)
+    peft_model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(type(model).from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded(**batch(family)).logits, trained)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(merged(**batch(family)).logits, trained, rtol=1e-4, atol=1e-5)
+
+
+@both
+def test_pipelines(family, tmp_path):
+    model = tiny_moe(family)
+    save_tokenizer(family, tmp_path)
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    if family == "bert":
+        answers = pipeline("fill-mask", model=model, tokenizer=tokenizer)("the dog sat on the [MASK]")
+        assert len(answers) == 5
+        features = pipeline("feature-extraction", model=model.bert, tokenizer=tokenizer)("the dog")
+        assert len(features[0][0]) == 32
+    else:
+        answers = pipeline("text-generation", model=model, tokenizer=tokenizer)("abc", max_new_tokens=3)
+        assert answers[0]["generated_text"].startswith("abc")

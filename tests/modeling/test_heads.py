@@ -1,0 +1,163 @@
+"""Every head against its dense class: what it is built of, what it computes, what it returns."""
+
+import inspect
+import pickle
+
+import pytest
+import torch
+import transformers
+from tests.conftest import DENSE_CONFIGS, FAMILIES, batch, dense_classes, moe_classes, tiny_moe
+from torch import nn
+
+from hf_moe.modeling import CONFIGS
+from hf_moe.modeling.modeling_moe import rebind
+from hf_moe.modeling.moe_layers import MoeBlock
+
+HEADS = [(family, name) for family in FAMILIES for name in moe_classes(family)]
+IDS = [name for _, name in HEADS]
+
+
+def inputs_for(name, family):
+    inputs = batch(family)
+    if name.endswith("ForMultipleChoice"):
+        inputs = {key: value.unsqueeze(1).repeat(1, 3, 1) for key, value in inputs.items()}
+    if "DoubleHeads" in name:
+        inputs = {key: value.unsqueeze(1).repeat(1, 3, 1) for key, value in inputs.items()}
+        inputs["mc_token_ids"] = torch.tensor([[0, 2, 4]] * 2)
+    return inputs
+
+
+def labels_for(name, inputs):
+    """Labels as Trainer would pass them; none for a body."""
+    ids = inputs["input_ids"]
+    token_labels = ids.masked_fill(inputs["attention_mask"] == 0, -100)
+    rows = torch.tensor([1, 0])
+    if name.endswith("ForPreTraining"):
+        return {"labels": token_labels, "next_sentence_label": rows}
+    if name.endswith("ForQuestionAnswering"):
+        return {"start_positions": rows, "end_positions": rows + 1}
+    if name.endswith(("ForSequenceClassification", "ForNextSentencePrediction", "ForMultipleChoice")):
+        return {"labels": rows}
+    if name.endswith("ForTokenClassification"):
+        return {"labels": (ids % 2).masked_fill(inputs["attention_mask"] == 0, -100)}
+    if name.endswith(("LMHeadModel", "ForMaskedLM", "DoubleHeadsModel")):
+        return {"labels": token_labels}
+    return {}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_head_that_transformers_has_is_here(family):
+    config_class = CONFIGS[family]
+    module = inspect.getmodule(dense_classes(family)[next(iter(dense_classes(family)))])
+    exported = {name for name in module.__all__ if not name.endswith(("PreTrainedModel", "Layer"))}
+    assert set(dense_classes(family)) == exported
+    dense_auto = {
+        auto: mapping._model_mapping[family]
+        for auto in dir(transformers)
+        if auto.startswith("AutoModel") and (mapping := getattr(transformers, auto)._model_mapping) is not None
+        if family in mapping._model_mapping
+    }
+    ours = {auto: moe_classes(family)[name].__bases__[1].__name__ for auto, name in config_class.auto_classes.items()}
+    assert ours == dense_auto
+
+
+@pytest.mark.parametrize(("family", "name"), HEADS, ids=IDS)
+def test_built_as_the_dense_class_is(family, name):
+    moe = tiny_moe(family, name)
+    dense = type(moe).__bases__[1](DENSE_CONFIGS[family]())
+    moe_children, dense_children = ({n: type(m) for n, m in model.named_children()} for model in (moe, dense))
+    assert list(moe_children) == list(dense_children)
+    for child, kind in dense_children.items():
+        assert issubclass(moe_children[child], kind)
+    assert set(vars(dense)) == set(vars(moe))
+    blocks = [n for n, m in moe.base_model.named_modules() if isinstance(m, MoeBlock)]
+    assert len(blocks) == 2  # layers 0 and 2 of 3
+    outside = {n for n in moe.state_dict() if ".mlp.gate." not in n and ".mlp.experts." not in n}
+    assert outside < set(dense.state_dict())
+    assert isinstance(moe.base_model.get_submodule(blocks[0]), nn.Module)
+
+
+@pytest.mark.parametrize(("family", "name"), HEADS, ids=IDS)
+def test_signature_is_the_dense_one(family, name):
+    cls = moe_classes(family)[name]
+    assert inspect.signature(cls.forward) == inspect.signature(cls.__bases__[1].forward)
+    assert inspect.signature(cls.__init__) == inspect.signature(cls.__bases__[1].__init__)
+
+
+@pytest.mark.parametrize(("family", "name"), HEADS, ids=IDS)
+def test_outputs(family, name):
+    model, inputs = tiny_moe(family, name), inputs_for(name, family)
+    body = model is model.base_model
+    plain = model(**inputs)
+    assert "router_logits" not in plain
+    assert "aux_loss" not in plain
+    full = model(**inputs, output_router_logits=True)
+    tokens = inputs["input_ids"].numel()
+    assert [tuple(logits.shape) for logits in full.router_logits] == [(tokens, 4), (tokens, 4)]
+    assert torch.equal(plain[0], full[0])
+    if not body:
+        assert full.aux_loss > 0
+        assert full.z_loss > 0
+    as_tuple = model(**inputs, output_router_logits=True, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert len(as_tuple) == len(full.to_tuple())
+    again = pickle.loads(pickle.dumps(full))
+    assert type(again) is type(full)
+    assert torch.equal(again.router_logits[1], full.router_logits[1])
+    with_states = model(**inputs, output_hidden_states=True)
+    assert len(with_states.hidden_states) == 4
+
+
+@pytest.mark.parametrize(("family", "name"), [head for head in HEADS if labels_for(head[1], batch("bert"))])
+def test_auxiliary_losses_join_the_loss_in_training_only(family, name):
+    inputs = inputs_for(name, family)
+    labels = labels_for(name, inputs)
+    model = tiny_moe(family, name, router_aux_loss_coef=0.5, router_z_loss_coef=0.25)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.config.attention_probs_dropout_prob = model.config.attn_pdrop = 0.0
+    evaluated = model(**inputs, **labels, output_router_logits=True)
+    trained = model.train()(**inputs, **labels)
+    torch.testing.assert_close(trained.loss, evaluated.loss + 0.5 * trained.aux_loss + 0.25 * trained.z_loss)
+    torch.testing.assert_close(trained.aux_loss, evaluated.aux_loss)
+    trained.loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if ".mlp.gate." in n or ".mlp.experts." in n)
+
+
+@pytest.mark.parametrize(("family", "name"), [head for head in HEADS if labels_for(head[1], batch("bert"))])
+def test_padding_does_not_move_the_auxiliary_losses(family, name):
+    inputs = inputs_for(name, family)
+    model = tiny_moe(family, name)
+    before = model(**inputs, output_router_logits=True)
+    changed = dict(inputs)
+    changed["input_ids"] = torch.where(inputs["attention_mask"] == 0, 7, inputs["input_ids"])
+    after = model(**changed, output_router_logits=True)
+    torch.testing.assert_close(before.aux_loss, after.aux_loss)
+    torch.testing.assert_close(before.z_loss, after.z_loss)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positional_mask_counts_as_a_mask(family):
+    model, inputs = tiny_moe(family), batch(family)
+    by_name = model(**inputs, output_router_logits=True)
+    names = list(inspect.signature(model.forward).parameters)
+    positional = [inputs.get(name) for name in names[: names.index("attention_mask") + 1]]
+    by_position = model(*positional, output_router_logits=True)
+    assert torch.equal(by_name.aux_loss, by_position.aux_loss)
+
+
+def test_rebind_refuses_a_constructor_that_builds_something_else():
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.ReLU()
+
+    with pytest.raises(ImportError, match="does not build BertModel"):
+        rebind(Dense.__init__, BertModel=nn.Linear)
+
+
+def test_rebind_leaves_the_dense_classes_alone():
+    tiny_moe("bert")
+    dense = dense_classes("bert")["BertForMaskedLM"](DENSE_CONFIGS["bert"]())
+    assert not any(isinstance(module, MoeBlock) for module in dense.modules())
