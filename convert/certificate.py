@@ -149,11 +149,13 @@ def _batches(dense: Checkpoint, texts: list[str] | None, seed: int) -> tuple[lis
         for n in RANDOM_LENGTHS
     ]
     batches = [_pad("random", random_ids)]
+    if not dense.has_tokenizer:
+        return batches, "none: the source has no tokenizer"
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(dense.path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        return batches, f"none: the source has no tokenizer that loads ({type(error).__name__})"
+        return batches, f"none: the source's tokenizer does not load ({type(error).__name__})"
     texts = texts or sample_texts()
     ids = [tokenizer(text, truncation=True, max_length=longest)["input_ids"] for text in texts]
     ids = [row for row in ids if row and max(row) < dense.config["vocab_size"]]

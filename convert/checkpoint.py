@@ -35,18 +35,16 @@ DTYPES = {
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
 
+# A tokenizer is there if one of these is.
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+
 # What a conversion takes along besides the weights; nothing else of a source is copied, or downloaded.
 SIDE_FILES = (
-    "tokenizer.json",
+    *VOCABULARIES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
     "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
@@ -99,6 +97,10 @@ class Checkpoint:
     def side_files(self) -> list[Path]:
         return sorted({file for pattern in SIDE_FILES for file in self.path.glob(pattern) if file.is_file()})
 
+    @property
+    def has_tokenizer(self) -> bool:
+        return any((self.path / name).is_file() for name in VOCABULARIES)
+
     @cached_property
     def sha256(self) -> dict[str, str]:
         """Digest of each weights file, as `sha256sum` prints it."""
@@ -111,6 +113,8 @@ class Checkpoint:
             SourceError: where the file ends before the tensor does.
         """
         info = self.tensors[name]
+        if info.nbytes == 0:
+            return torch.empty(info.shape, dtype=DTYPES[info.dtype])
         return torch.frombuffer(self.read_bytes(name), dtype=DTYPES[info.dtype]).view(info.shape)
 
     def read_bytes(self, name: str) -> bytearray:

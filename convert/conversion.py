@@ -108,13 +108,12 @@ def _write_beside(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
     (folder / RECIPE_NAME).write_text(recipe.to_yaml(), encoding="utf-8")
     for file in checkpoint.side_files:
         shutil.copyfile(file, folder / file.name)
-    _name_tokenizer(plan.family.model_type, folder)
+    if checkpoint.has_tokenizer:
+        _name_tokenizer(plan.family.model_type, folder)
 
 
 def _name_tokenizer(model_type: str, folder: Path) -> None:
     """Writes the tokenizer's class down where the source left it to its `model_type`, which the mixture changes."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")):
-        return
     file = folder / TOKENIZER_CONFIG
     values = read_json(file) if file.is_file() else {}
     if "tokenizer_class" not in values:

@@ -18,4 +18,4 @@ def copy_expert(weight: torch.Tensor, noise_std: float, generator: torch.Generat
         return weight
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
     noise = torch.randn(exact.shape, dtype=exact.dtype, generator=generator)
-    return exact.add_(noise.mul_(exact.std() * noise_std)).to(weight.dtype)
+    return (exact + noise * (exact.std() * noise_std)).to(weight.dtype)

@@ -94,5 +94,8 @@ def _read(name: str, plan: Plan, checkpoint: Checkpoint) -> torch.Tensor:
 
 
 def _generator(tensor: TensorPlan, plan: Plan) -> torch.Generator:
-    """Seeded by the recipe and the tensor's name, so that nothing depends on the order of writing."""
-    return torch.Generator().manual_seed(plan.recipe.seed * 2**32 + zlib.crc32(tensor.name.encode()))
+    """Seeded by the recipe and the tensor's name, so that nothing depends on the order of writing.
+
+    (Through a checksum: PyTorch's CPU generator looks at 32 bits of a seed only.)
+    """
+    return torch.Generator().manual_seed(zlib.crc32(f"{plan.recipe.seed}/{tensor.name}".encode()))

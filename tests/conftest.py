@@ -8,11 +8,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers run side by side
 import pytest
 import torch
 from transformers import BertConfig, BertTokenizer, GPT2Config, GPT2Tokenizer
+from transformers.utils import logging
 
 import hf_moe
 from hf_moe.modeling import CONFIGS, model_class
 
 torch.set_num_threads(1)
+logging.disable_progress_bar()
 
 WORDS = "the a dog cat sat on mat war peace nation free people law god earth light ##s ##ing ##ed".split()
 DENSE_CONFIGS = {

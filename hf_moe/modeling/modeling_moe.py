@@ -7,6 +7,7 @@ A family subclasses its dense classes. A head is two lines:
         forward = head_forward(BertForMaskedLM.forward, MoeMaskedLMOutput)
 """
 
+import dis
 import functools
 import inspect
 import types
@@ -31,8 +32,9 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from .moe_layers import MoeExperts, TopKRouter, load_balancing_loss, router_z_loss
+from .moe_layers import MoeBlock, MoeExperts, TopKRouter, load_balancing_loss, router_z_loss
 
 
 def rebind(constructor: Callable, **classes: type) -> Callable:
@@ -62,9 +64,10 @@ def rebind(constructor: Callable, **classes: type) -> Callable:
 
 
 def _names_used(code: types.CodeType) -> set[str]:
-    """Global names in `code` and in the comprehensions inside it."""
+    """Global names that `code` looks up, comprehensions inside it included."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     inner = [_names_used(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return set(code.co_names).union(*inner)
+    return names.union(*inner)
 
 
 class RouterState:
@@ -91,6 +94,7 @@ def body_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
         return_dict = kwargs.pop("return_dict", None)
         if router_state is not None:
             kwargs["output_router_logits"] = True
+            _install_capturing(self)
         outputs = dense_forward(self, **kwargs, return_dict=True)
         if router_state is not None:
             router_state.router_logits = outputs["router_logits"]
@@ -143,6 +147,14 @@ def head_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
     return forward
 
 
+@torch.compiler.assume_constant_result
+def _install_capturing(model) -> bool:
+    """Transformers installs its hooks at the first forward that asks for them, behind a lock that torch.compile can't
+    enter; done here, a model compiles before its first step too."""
+    maybe_install_capturing_hooks(model)
+    return True
+
+
 def _as_requested(model, outputs: ModelOutput, return_dict: bool | None):
     if return_dict is None:
         return_dict = model.config.return_dict
@@ -193,6 +205,12 @@ class MoePreTrainedModelMixin:
                     init.normal_(parameter, mean=0.0, std=std)
 
     def post_init(self):
+        built = sum(isinstance(module, MoeBlock) for module in self.modules())
+        if built != len(self.config.moe_layer_indices):
+            raise ImportError(
+                f"{type(self).__name__} was built with {built} mixture layers, not {len(self.config.moe_layer_indices)}: "
+                "this version of the model code does not fit the installed Transformers."
+            )
         if isinstance(self, GenerationMixin):
             self.loss_type = "ForCausalLM"  # Transformers reads it off the class name, which says LMHeadModel here
         super().post_init()

@@ -200,7 +200,7 @@ def test_untied_embeddings_stay_untied(family, tmp_path):
 def test_compile_in_one_graph(family, implementation):
     model = without_dropout(tiny_moe(family)).train()
     model.set_experts_implementation(implementation)
-    expected = gradients(model, lm_inputs(family))
+    expected = gradients(copy.deepcopy(model), lm_inputs(family))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled.zero_grad()
     loss = compiled(**lm_inputs(family)).loss

@@ -1,0 +1,138 @@
+"""The certificate tells the truth: it passes what is equal, and finds and names what is not."""
+
+import pytest
+import torch
+from tests.conftest import FAMILIES, dense_classes
+
+import hf_moe
+from hf_moe.convert import certificate as module
+from hf_moe.convert import certify, conversion, open_checkpoint
+from hf_moe.convert.families import FAMILIES as TABLES
+from hf_moe.errors import CertificateError
+
+LAYER = {name: table.layer for name, table in TABLES.items()}
+ATTENTION = {"bert": "attention.self.value.weight", "gpt2": "attn.c_proj.weight"}
+
+
+@pytest.fixture
+def pair(dense_folder, tmp_path):
+    """family -> (dense folder, mixture's folder, mixture)."""
+
+    def make(family):
+        made = hf_moe.upcycle(dense_folder(family), tmp_path / "moe", num_experts=4, verify=False)
+        return dense_folder(family), made.path, made.plan.moe_class.from_pretrained(made.path)
+
+    return make
+
+
+def certified(dense, moe, **options):
+    return certify(open_checkpoint(dense), open_checkpoint(moe), **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_it_measures(family, pair):
+    dense, moe, _ = pair(family)
+    certificate = certified(dense, moe)
+    assert certificate["passed"]
+    for dtype in ("float32", "float64"):
+        for inputs in ("text", "random"):
+            run = certificate[dtype][inputs]
+            assert set(run["outputs"]["logits"]) == {"max_abs", "max_rel"}
+            assert len(run["hidden_states"]) == 4
+            assert abs(run["kl"]) < 1e-10
+            assert run["loss"]["dense"] > 0
+            assert abs(run["loss"]["difference"]) < 1e-5
+    assert certificate["float32"]["dense_rounding"] > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [1e-5, 1.0])
+def test_a_changed_expert_is_found_and_its_layer_named(family, size, pair):
+    dense, moe, model = pair(family)
+    block = model.base_model.get_submodule(f"{LAYER[family].format(layer=1)}.mlp")
+    with torch.no_grad():
+        block.experts.down_proj_bias[3, 0] += size
+    model.save_pretrained(moe)
+    certificate = certified(dense, moe)
+    assert not certificate["passed"]
+    bisect = certificate["float64"]["bisect"]
+    assert bisect["summary"] == "the experts of layer 1 are not its dense network"
+    wrong = [entry["layer"] for entry in bisect["layers"] if entry["feed_forward"] > 1e-12]
+    assert wrong == [1]
+    assert certificate["float64"]["random"]["kl"] > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_change_outside_the_experts_is_told_apart(family, pair):
+    dense, moe, model = pair(family)
+    with torch.no_grad():
+        model.base_model.get_parameter(f"{LAYER[family].format(layer=2)}.{ATTENTION[family]}").mul_(1.01)
+    model.save_pretrained(moe)
+    certificate = certified(dense, moe)
+    assert certificate["float64"]["bisect"]["summary"] == "layer 2 differs outside its feed-forward network"
+
+
+def test_nan_is_a_difference(pair):
+    dense, moe, model = pair("bert")
+    with torch.no_grad():
+        model.bert.encoder.layer[0].mlp.experts.up_proj[:] = float("nan")
+    model.save_pretrained(moe)
+    assert not certified(dense, moe)["passed"]
+
+
+def test_wrong_gates_are_a_difference(pair):
+    """What the certificate exists for: gates that do not sum to 1 scale every layer's output."""
+    dense, moe, model = pair("gpt2")
+    model.config.norm_topk_prob = False
+    model.save_pretrained(moe)
+    certificate = certified(dense, moe)
+    assert not certificate["passed"]
+    assert certificate["float64"]["max_rel"] > 1e-3
+
+
+def test_an_upcycle_that_is_not_exact_leaves_nothing(dense_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(module.TOLERANCE, "float64", 1e-30)
+    with pytest.raises(CertificateError, match="the mixture is not the dense function"):
+        hf_moe.upcycle(dense_folder("bert"), tmp_path / "moe")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_tokenizer_it_says_so(dense_folder, tmp_path):
+    dense = tmp_path / "dense"
+    dense_classes("gpt2")["GPT2LMHeadModel"].from_pretrained(dense_folder("gpt2")).save_pretrained(dense)
+    certificate = hf_moe.upcycle(dense, tmp_path / "moe").certificate
+    assert certificate["passed"]
+    assert certificate["inputs"]["text"].startswith("none: the source has no tokenizer")
+    assert "text" not in certificate["float32"]
+
+
+def test_another_dense_model_of_the_same_shape_does_not_pass(dense_folder, tmp_path):
+    made = hf_moe.upcycle(dense_folder("bert"), tmp_path / "moe")
+    other = tmp_path / "other"
+    model = dense_classes("bert")["BertForMaskedLM"].from_pretrained(dense_folder("bert"))
+    with torch.no_grad():
+        model.bert.embeddings.LayerNorm.bias += 0.01
+    model.save_pretrained(other)
+    certificate = certified(other, made.path)
+    assert not certificate["passed"]
+    assert not certificate["moe"]["made_from_this_dense"]
+
+
+def test_progress_is_told(dense_folder, tmp_path):
+    class Recorder(conversion.Progress):
+        def __init__(self):
+            self.stages, self.bytes, self.promised = [], 0, 0
+
+        def stage(self, name):
+            self.stages.append(name)
+
+        def total(self, nbytes):
+            self.promised = nbytes
+
+        def wrote(self, nbytes):
+            self.bytes += nbytes
+
+    recorder = Recorder()
+    hf_moe.upcycle(dense_folder("bert"), tmp_path / "moe", progress=recorder)
+    assert recorder.stages == ["writing", "comparing in float64", "comparing in float32"]
+    assert recorder.bytes == recorder.promised > 0
