@@ -2,9 +2,9 @@
 
 from .certificate import certify, read_certificate, write_certificate
 from .checkpoint import Checkpoint, open_checkpoint
+from .conversion import Progress, Upcycled, from_dense, upcycle
 from .families import FAMILIES, Family
 from .plan import Plan, TensorPlan, plan_upcycle
-from .conversion import Progress, Upcycled, from_dense, upcycle
 
 __all__ = [
     "FAMILIES",

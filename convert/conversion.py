@@ -88,14 +88,17 @@ def run(recipe: UpcycleRecipe, output: Path, *, verify: bool, overwrite: bool, p
         if verify:
             certificate = certify(checkpoint, open_checkpoint(folder), progress=progress.stage)
             if plan.exactness == EXACT and not certificate["passed"]:
-                raise CertificateError(f"{recipe.base_model}: the mixture is not the dense function: {explain(certificate)}")
+                raise CertificateError(
+                    f"{recipe.base_model}: the mixture is not the dense function: {explain(certificate)}"
+                )
             write_certificate(certificate, folder)
     return Upcycled(output, plan, certificate)
 
 
 def _write_beside(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
     """Configuration, code, recipe, and what comes along from the source."""
-    assert plan.config is not None and plan.family is not None  # of every plan without problems
+    assert plan.config is not None  # as in every plan without problems
+    assert plan.family is not None
     plan.config.upcycled_from = {
         "source": checkpoint.source,
         "revision": checkpoint.revision,
@@ -117,7 +120,7 @@ def _name_tokenizer(model_type: str, folder: Path) -> None:
     file = folder / TOKENIZER_CONFIG
     values = read_json(file) if file.is_file() else {}
     if "tokenizer_class" not in values:
-        tokenizer_class = transformers.TOKENIZER_MAPPING[transformers.CONFIG_MAPPING[model_type]]
+        tokenizer_class: Any = transformers.TOKENIZER_MAPPING[transformers.CONFIG_MAPPING[model_type]]
         if isinstance(tokenizer_class, tuple):
             tokenizer_class = next(cls for cls in reversed(tokenizer_class) if cls is not None)
         values["tokenizer_class"] = tokenizer_class.__name__.removesuffix("Fast")

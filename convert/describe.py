@@ -18,7 +18,6 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     described = {
         "source": checkpoint.source,
         "family": str(model_type).removesuffix("_moe"),
-        "convertible": model_type in FAMILIES,
         "class": (config.get("architectures") or [None])[0],
         "layers": config.get("num_hidden_layers", config.get("n_layer")),
         "dtypes": sorted({info.dtype for info in checkpoint.tensors.values()}),
@@ -26,7 +25,9 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "files": len(checkpoint.files),
         **_parameters(shapes, config.get("num_experts_per_tok")),
     }
-    if model_type in moe_types:
+    if model_type not in moe_types:
+        described["convertible"] = model_type in FAMILIES
+    else:
         certificate = read_certificate(checkpoint.path)
         described |= {
             "num_experts": config.get("num_experts"),

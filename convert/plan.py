@@ -15,24 +15,16 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_moe.errors import HfMoeError, SourceError, UsageError
-from hf_moe.modeling import modeling_module
 from hf_moe.recipe import UpcycleRecipe, parse_layers
 
-from .checkpoint import DTYPES, FLOATS, Checkpoint, TensorInfo
-from .families import FAMILIES, Family
-from .quiet import quiet
+from .checkpoint import Checkpoint
+from .classes import body_name, find_classes, find_family
+from .families import Family
+from .headers import DTYPES
+from .names import check_layer_count, match_names, tensors_of
 
 EXACT = "exact"
 NOT_PRESERVING = "not preserving"
-
-# Marks of a configuration that describes a mixture already.
-MOE_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
-# Why a well-known architecture can't be converted; the rest only lack a table.
-WHY_NOT = {
-    "transfo-xl": "it left Transformers with version 5; for long context start from ModernBERT",
-    "mamba": "it has no feed-forward network to replace",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +114,12 @@ def _plan(checkpoint: Checkpoint, recipe: UpcycleRecipe) -> Plan:
     family = find_family(checkpoint)
     dense_class, moe_class = find_classes(checkpoint, family)
     dense_config = _dense_config(checkpoint)
-    _check_layer_count(checkpoint, family, dense_config.num_hidden_layers)
+    check_layer_count(checkpoint, family, dense_config.num_hidden_layers)
     layers = parse_layers(recipe.moe_layers, dense_config.num_hidden_layers)
     config = _moe_config(checkpoint, family, moe_class, recipe, layers)
 
-    expected, tied = _shapes(dense_class, dense_config)
-    names, dropped, problems = _match(checkpoint, family, dense_class, dense_config, expected, tied)
+    expected, tied = tensors_of(dense_class, dense_config)
+    names, dropped, problems = match_names(checkpoint, family, dense_class, dense_config, expected, tied)
     tensors: list[TensorPlan] = []
     if not problems:
         tensors = _tensors(checkpoint, family, dense_class, recipe, layers, names)
@@ -162,53 +154,6 @@ def _check_numbers(recipe: UpcycleRecipe) -> None:
         raise UsageError(f"max_shard_size is {recipe.max_shard_size!r}; write a size such as '5GB' or '500MB'.")
 
 
-def find_family(checkpoint: Checkpoint) -> Family:
-    """The dense family of a checkpoint.
-
-    Raises:
-        SourceError: where it asks for remote code, is a mixture already, is quantized, or has no table.
-    """
-    config, path = checkpoint.config, checkpoint.path
-    model_type = config.get("model_type")
-    if any(str(model_type) == family.config_class.model_type for family in FAMILIES.values()) or any(
-        isinstance(config.get(name), int) and config[name] > 1 for name in MOE_FIELDS
-    ):
-        raise SourceError(f"{path}: is a mixture of experts already (model_type {model_type!r}); start from a dense one.")
-    if config.get("auto_map"):
-        raise SourceError(f"{path}: config.json asks for remote code (auto_map), which is never run here.")
-    if config.get("quantization_config"):
-        raise SourceError(f"{path}: is quantized; start from the unquantized checkpoint.")
-    if model_type not in FAMILIES:
-        why = WHY_NOT.get(str(model_type), "no table says where its feed-forward networks lie")
-        known = ", ".join(FAMILIES)
-        raise SourceError(f"{path}: architecture {model_type!r} can't be converted: {why}. Known are {known}.")
-    return FAMILIES[model_type]
-
-
-def moe_classes(family: Family) -> dict[str, type[PreTrainedModel]]:
-    """Name of each dense class of the family -> the mixture's class."""
-    module = modeling_module(family.config_class)
-    classes = [getattr(module, name) for name in module.__all__]
-    return {cls.__bases__[1].__name__: cls for cls in classes if "forward" in vars(cls)}
-
-
-def find_classes(checkpoint: Checkpoint, family: Family) -> tuple[type[PreTrainedModel], type[PreTrainedModel]]:
-    """The dense class that a checkpoint names (its body, if it names none), and the mixture's."""
-    known = moe_classes(family)
-    architectures = checkpoint.config.get("architectures") or [next(iter(_bodies(family)))]
-    if not isinstance(architectures, list) or architectures[0] not in known:
-        raise SourceError(
-            f"{checkpoint.path}: config.json names the class {architectures!r}; known for {family.model_type} are "
-            f"{', '.join(sorted(known))}."
-        )
-    return getattr(transformers, architectures[0]), known[architectures[0]]
-
-
-def _bodies(family: Family) -> Iterable[str]:
-    """Names of the family's dense classes that have no head."""
-    return (name for name, cls in moe_classes(family).items() if family.config_class.auto_classes["AutoModel"] == cls.__name__)
-
-
 def _dense_config(checkpoint: Checkpoint) -> PretrainedConfig:
     config_class = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]]
     return _made(checkpoint, config_class, checkpoint.config)
@@ -236,97 +181,9 @@ def _made(checkpoint: Checkpoint, config_class: type[PretrainedConfig], values: 
         raise SourceError(f"{checkpoint.path}: config.json is refused: {reason}") from error
 
 
-def _check_layer_count(checkpoint: Checkpoint, family: Family, num_hidden_layers: int) -> None:
-    """Before anything is built from the configuration: it may promise layers by the billion."""
-    layer = re.escape(family.layer).replace(re.escape("{layer}"), r"(\d+)")
-    pattern = re.compile(rf"(?:^|\.){layer}\.")
-    held = {int(match[1]) for name in checkpoint.tensors if (match := pattern.search(name))}
-    if held != set(range(len(held))) or len(held) != num_hidden_layers:
-        raise SourceError(
-            f"{checkpoint.path}: config.json says {num_hidden_layers} layers, but the weights hold {len(held)}."
-        )
-
-
-def _shapes(model_class: type[PreTrainedModel], config: PretrainedConfig) -> tuple[dict[str, torch.Tensor], set[str]]:
-    """The tensors of a model on the meta device, and the names among them that are tied to others."""
-    with quiet(), torch.device("meta"):
-        try:
-            model = model_class(config)
-        except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError, OverflowError) as error:
-            reason = " ".join(str(error).split())
-            raise SourceError(f"config.json describes no {model_class.__name__} that can be built: {reason}") from error
-    return model.state_dict(), set(model.all_tied_weights_keys)
-
-
-def _match(checkpoint: Checkpoint, family: Family, dense_class, dense_config, expected, tied):
-    """Each tensor of the source gets the name that the dense class has for it.
-
-    Returns:
-        names: dense class's name -> source's name; dropped: source's name -> why; problems.
-    """
-    names: dict[str, str] = {}
-    dropped: dict[str, str] = {}
-    problems: list[HfMoeError] = []
-    left_over: list[str] = []
-    for source in checkpoint.tensors:
-        name = _current_name(source, family, dense_class.base_model_prefix, expected)
-        if name in names:
-            problems.append(SourceError(f"{checkpoint.path}: {names[name]!r} and {source!r} are the same tensor."))
-        elif name in expected:
-            names[name] = source
-        else:
-            left_over.append(source)
-
-    for source in left_over:
-        reason = next((why for pattern, why in family.dropped.items() if re.search(pattern, source)), None)
-        if reason is not None:
-            dropped[source] = reason
-    left_over = [source for source in left_over if source not in dropped]
-    elsewhere = _tensors_of_other_heads(family, dense_config) if left_over else {}
-    for source in left_over:
-        name = _current_name(source, family, dense_class.base_model_prefix, elsewhere)
-        if name in elsewhere:
-            names[name] = source  # another head's: carried along, as the dense checkpoint carries it
-            expected[name] = elsewhere[name]
-        else:
-            problems.append(
-                SourceError(f"{checkpoint.path}: tensor {source!r} is left over: no {family.model_type} class has it.")
-            )
-    missing = [name for name in expected if name not in names and name not in tied]
-    problems += [SourceError(f"{checkpoint.path}: tensor {name!r} is missing.") for name in missing]
-    for name, source in names.items():
-        problems += _check_tensor(checkpoint, checkpoint.tensors[source], expected[name])
-    return names, dropped, problems
-
-
-def _current_name(source: str, family: Family, prefix: str, expected: Iterable[str]) -> str:
-    """`source` by today's name: old endings renamed, the body's prefix added or taken away as the class has it."""
-    for old, new in family.renamed.items():
-        if source.endswith(old):
-            source = source.removesuffix(old) + new
-    candidates = (source, f"{prefix}.{source}", source.removeprefix(f"{prefix}."))
-    return next((name for name in candidates if name in expected), source)
-
-
-def _tensors_of_other_heads(family: Family, dense_config: PretrainedConfig) -> dict[str, torch.Tensor]:
-    shapes: dict[str, torch.Tensor] = {}
-    for name in moe_classes(family):
-        shapes |= _shapes(getattr(transformers, name), dense_config)[0]
-    return shapes
-
-
-def _check_tensor(checkpoint: Checkpoint, info: TensorInfo, meta: torch.Tensor) -> list[HfMoeError]:
-    where = f"{checkpoint.path}: tensor {info.name!r}"
-    if info.shape != tuple(meta.shape):
-        return [SourceError(f"{where} has shape {list(info.shape)}, but config.json makes it {list(meta.shape)}.")]
-    if meta.is_floating_point() and info.dtype not in FLOATS:
-        return [SourceError(f"{where} has dtype {info.dtype}, but should be a floating-point tensor.")]
-    return []
-
-
 def _tensors(checkpoint, family: Family, dense_class, recipe, layers, names) -> list[TensorPlan]:
     """Every source tensor copied, but the chosen layers' projections, which become experts and a router."""
-    body = "" if dense_class.__name__ in _bodies(family) else f"{dense_class.base_model_prefix}."
+    body = "" if dense_class.__name__ == body_name(family) else f"{dense_class.base_model_prefix}."
     replaced: dict[str, list[TensorPlan]] = {}
     for layer in layers:
         prefix = body + family.layer.format(layer=layer)
@@ -377,7 +234,7 @@ def _check_target(tensors: list[TensorPlan], moe_class, config, names, expected)
 
     A difference here is a mistake in a family's table, never the user's.
     """
-    target, tied = _shapes(moe_class, config)
+    target, tied = tensors_of(moe_class, config)
     written = [tensor.name for tensor in tensors]
     problems = [f"{name!r} would be written twice" for name in sorted({n for n in written if written.count(n) > 1})]
     problems += [f"{name!r} would not be written" for name in target if name not in set(written) | tied]

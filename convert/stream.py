@@ -10,8 +10,9 @@ import torch
 
 from hf_moe.errors import SourceError
 
-from .checkpoint import DTYPES, INDEX_NAME, Checkpoint
+from .checkpoint import INDEX_NAME, Checkpoint
 from .experts import copy_expert
+from .headers import DTYPES
 from .plan import Plan, TensorPlan
 from .routers import calibrated_normal
 
@@ -48,7 +49,7 @@ def _write_shard(file: Path, tensors: list[TensorPlan], plan, checkpoint, progre
         handle.write(struct.pack("<Q", len(raw)) + raw)
         for tensor in tensors:
             for part in METHODS[tensor.method](tensor, plan, checkpoint):
-                data = memoryview(part.contiguous().view(-1).view(torch.uint8).numpy())
+                data = part.contiguous().view(-1).view(torch.uint8).numpy().data
                 handle.write(data)
                 progress(len(data))
 

@@ -1,10 +1,11 @@
 """Makes Transformers' Auto classes, pipelines and Trainer know our models."""
 
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from hf_moe.modeling import CONFIGS, model_class
+from hf_moe.modeling.configuration_moe import MoeConfigMixin
 
 
 def register_all() -> None:
@@ -19,7 +20,7 @@ def register_all() -> None:
             auto_class._model_mapping._model_mapping[config_class.model_type] = class_name
 
 
-def _register_tokenizer(dense_type: str, config_class: type[PretrainedConfig]) -> None:
+def _register_tokenizer(dense_type: str, config_class: type[MoeConfigMixin]) -> None:
     tokenizer = TOKENIZER_MAPPING.get(transformers.CONFIG_MAPPING[dense_type], None)
     if tokenizer is None:
         return

@@ -68,7 +68,7 @@ class UpcycleRecipe:
 
     @classmethod
     def from_yaml(cls, file: Path, **overrides: Any) -> "UpcycleRecipe":
-        """Reads `file`; what is given in `overrides` wins. Errors as in `from_dict`, or for a file that is no mapping."""
+        """Reads `file`; what is given in `overrides` wins. Errors as in `from_dict`, or where it is no mapping."""
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

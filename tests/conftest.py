@@ -16,7 +16,27 @@ from hf_moe.modeling import CONFIGS, model_class
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 
-WORDS = "the a dog cat sat on mat war peace nation free people law god earth light ##s ##ing ##ed".split()
+WORDS = [
+    "the",
+    "a",
+    "dog",
+    "cat",
+    "sat",
+    "on",
+    "mat",
+    "war",
+    "peace",
+    "nation",
+    "free",
+    "people",
+    "law",
+    "god",
+    "earth",
+    "light",
+    "##s",
+    "##ing",
+    "##ed",
+]
 DENSE_CONFIGS = {
     "bert": lambda **kwargs: BertConfig(
         vocab_size=64,
@@ -109,12 +129,16 @@ def tiny_moe(family: str, class_name: str | None = None, **config):
     dense = DENSE_CONFIGS[family]().to_dict()
     values = {name: value for name, value in dense.items() if name not in ("model_type", "architectures")}
     values = {"num_experts": 4, "moe_layers": [0, 2], **values, **config}
-    class_name = class_name or config_class.auto_classes["AutoModelForCausalLM" if family == "gpt2" else "AutoModelForMaskedLM"]
+    class_name = (
+        class_name or config_class.auto_classes["AutoModelForCausalLM" if family == "gpt2" else "AutoModelForMaskedLM"]
+    )
     torch.manual_seed(0)
     return scatter(model_class(config_class, class_name)(config_class(**values)))
 
 
-def batch(family: str, rows: int = 2, length: int = 10, padding: bool = True, seed: int = 0) -> dict[str, torch.Tensor]:
+def batch(
+    family: str, rows: int = 2, length: int = 10, padding: bool = True, seed: int = 0
+) -> dict[str, torch.Tensor]:
     """Token ids and mask (rows, length), the last row padded."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 60, (rows, length), generator=generator)

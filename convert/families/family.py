@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from transformers import PretrainedConfig
+from hf_moe.modeling.configuration_moe import MoeConfigMixin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Family:
         dropped: regular expressions of tensors that are not carried over -> why.
     """
 
-    config_class: type[PretrainedConfig]
+    config_class: type[MoeConfigMixin]
     layer: str
     up: str
     down: str

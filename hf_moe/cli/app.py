@@ -14,7 +14,7 @@ from hf_moe.version import __version__
 
 app = typer.Typer(
     name="hf-moe",
-    help="Turns dense Transformers checkpoints into Mixture-of-Experts models that start as exactly the same function.",
+    help="Turns dense Transformers checkpoints into Mixture-of-Experts models that start as the same function.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -32,7 +32,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -106,7 +108,9 @@ def inspect(
 def verify(
     dense: Annotated[str, typer.Argument(help="Dense checkpoint: a folder or a Hub id.")],
     moe: Annotated[str, typer.Argument(help="The mixture made from it: a folder or a Hub id.")],
-    text: Annotated[Path | None, typer.Option(help="File whose lines are compared on, instead of the built-in ones.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="File whose lines are compared on, instead of the built-in ones.")
+    ] = None,
     tolerance: Annotated[
         float | None, typer.Option(help="Allowed relative difference, in both dtypes. [default: 1e-6 and 1e-12]")
     ] = None,

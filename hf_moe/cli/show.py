@@ -76,7 +76,13 @@ class Bars(Listener):
     """Progress bars on standard error, which leave nothing behind and appear on a terminal only."""
 
     def __init__(self, enabled: bool):
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TimeRemainingColumn(),
+        )
         self.progress = Progress(*columns, console=ERR, transient=True, disable=not (enabled and ERR.is_terminal))
         self.task = self.progress.add_task("starting", total=None)
 

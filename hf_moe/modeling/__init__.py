@@ -4,20 +4,21 @@ each other. This file stays at home."""
 from importlib import import_module
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .configuration_bert_moe import BertMoeConfig
 from .configuration_gpt2_moe import GPT2MoeConfig
+from .configuration_moe import MoeConfigMixin
 
 # Dense `model_type` -> the mixture's configuration.
-CONFIGS: dict[str, type[PretrainedConfig]] = {"bert": BertMoeConfig, "gpt2": GPT2MoeConfig}
+CONFIGS: dict[str, type[MoeConfigMixin]] = {"bert": BertMoeConfig, "gpt2": GPT2MoeConfig}
 
 
-def modeling_module(config_class: type[PretrainedConfig]) -> Any:
+def modeling_module(config_class: type[MoeConfigMixin]) -> Any:
     """The module with the models of a configuration."""
     return import_module(f".{config_class.modeling_module}", __package__)
 
 
-def model_class(config_class: type[PretrainedConfig], name: str) -> type[PreTrainedModel]:
+def model_class(config_class: type[MoeConfigMixin], name: str) -> type[PreTrainedModel]:
     """One of them by its name."""
     return getattr(modeling_module(config_class), name)

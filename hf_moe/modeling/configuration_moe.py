@@ -4,13 +4,19 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from transformers import PretrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
+
+if TYPE_CHECKING:
+    _Base = PretrainedConfig  # what the mixin is mixed into
+else:
+    _Base = object
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
-class MoeConfigMixin:
+class MoeConfigMixin(_Base):
     """Mixed in before a dense configuration; see `BertMoeConfig` for the form.
 
     Args:
@@ -28,6 +34,10 @@ class MoeConfigMixin:
     Raises:
         ValueError: where a value is impossible, in a sentence (wrapped by `strict` configurations).
     """
+
+    if TYPE_CHECKING:
+        num_hidden_layers: int
+        intermediate_size: int
 
     # A family fills these in.
     modeling_module: ClassVar[str]
@@ -70,7 +80,7 @@ class MoeConfigMixin:
                 f"num_experts_per_tok is {self.num_experts_per_tok}, but it must lie between 1 and "
                 f"num_experts ({self.num_experts})."
             )
-        if self.moe_intermediate_size < 1:
+        if self.moe_intermediate_size is not None and self.moe_intermediate_size < 1:
             raise ValueError(f"moe_intermediate_size is {self.moe_intermediate_size}, but it must be at least 1.")
         if not 0 <= self.router_jitter_noise < 1:
             raise ValueError(f"router_jitter_noise is {self.router_jitter_noise}, but it must lie in [0, 1).")

@@ -53,7 +53,7 @@ class BertMoeLayer(BertLayer):
         self.is_moe = layer_idx in config.moe_layer_indices
         if self.is_moe:
             del self.intermediate
-            self.output.dense = nn.Identity()
+            self.output.dense = nn.Identity()  # type: ignore[assignment]
             self.mlp = MoeBlock(config, hidden_act=config.hidden_act)
             self.chunk_size_feed_forward = 0  # one router call a layer, or logits and mask fall out of step
 

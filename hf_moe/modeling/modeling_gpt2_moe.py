@@ -44,7 +44,9 @@ class GPT2MoeBlock(GPT2Block):
     def __init__(self, config, layer_idx=None):
         super().__init__(config, layer_idx=layer_idx)
         if layer_idx in config.moe_layer_indices:
-            self.mlp = MoeBlock(config, hidden_act=config.activation_function, dropout=config.resid_pdrop)
+            self.mlp = MoeBlock(  # type: ignore[assignment]
+                config, hidden_act=config.activation_function, dropout=config.resid_pdrop
+            )
 
 
 class GPT2MoePreTrainedModel(MoePreTrainedModelMixin, GPT2PreTrainedModel):

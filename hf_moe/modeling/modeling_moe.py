@@ -13,9 +13,10 @@ import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -172,14 +173,20 @@ def _token_mask(attention_mask: Any, sequence_length: int, num_tokens: int) -> t
     return rows.reshape(-1) != 0 if rows.numel() == num_tokens else None
 
 
-class MoePreTrainedModelMixin:
+if TYPE_CHECKING:
+    _Base = PreTrainedModel  # what the mixin is mixed into
+else:
+    _Base = object
+
+
+class MoePreTrainedModelMixin(_Base):
     """Mixed in before a family's dense `…PreTrainedModel`."""
 
     # The loss is normalised by `num_items_in_batch` in every head, which the dense heads do only in part.
     accepts_loss_kwargs = True
 
     # Set by the hf_moe package: conversion does not travel with a checkpoint.
-    from_dense: Callable[..., Any]
+    from_dense: ClassVar[Any]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -205,10 +212,10 @@ class MoePreTrainedModelMixin:
                     init.normal_(parameter, mean=0.0, std=std)
 
     def post_init(self):
-        built = sum(isinstance(module, MoeBlock) for module in self.modules())
-        if built != len(self.config.moe_layer_indices):
+        built, wanted = sum(isinstance(m, MoeBlock) for m in self.modules()), len(self.config.moe_layer_indices)
+        if built != wanted:
             raise ImportError(
-                f"{type(self).__name__} was built with {built} mixture layers, not {len(self.config.moe_layer_indices)}: "
+                f"{type(self).__name__} was built with {built} mixture layers, not {wanted}: "
                 "this version of the model code does not fit the installed Transformers."
             )
         if isinstance(self, GenerationMixin):

@@ -3,6 +3,9 @@
 Letters in names: B batch, S sequence, T tokens (B·S flattened), D hidden, E experts, K chosen, F expert width.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -45,6 +48,19 @@ class TopKRouter(nn.Module):
 @use_experts_implementation(has_gate=False, has_bias=True)
 class _DispatchedExperts(nn.Module):
     """Runs `config._experts_implementation` ("grouped_mm", "batched_mm", …), or the loop below for "eager"."""
+
+    config: Any
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+    _apply_gate: Callable[[torch.Tensor], torch.Tensor]
+    up_proj: nn.Parameter
+    up_proj_bias: nn.Parameter
+    gate_up_proj: nn.Parameter
+    gate_up_proj_bias: nn.Parameter
+    down_proj: nn.Parameter
+    down_proj_bias: nn.Parameter
 
     def __init__(self, config):
         super().__init__()

@@ -170,9 +170,7 @@ BROKEN_SHARDS = {
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def refused(monkeypatch, capsys, home, code, words, *arguments):
@@ -302,10 +300,9 @@ def test_nan_is_converted_when_asked(good, tmp_path, monkeypatch, capsys):
 
 
 def main_exits_well():
-    try:
+    with pytest.raises(SystemExit) as exit_:
         main()
-    except SystemExit as exit_:
-        assert not exit_.code
+    assert not exit_.value.code
 
 
 @pytest.mark.parametrize(

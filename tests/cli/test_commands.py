@@ -9,10 +9,10 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from tests.conftest import FAMILIES, batch
 from transformers import AutoModel, AutoTokenizer
 
 from hf_moe.cli import main
+from tests.conftest import FAMILIES, batch
 
 
 @pytest.fixture

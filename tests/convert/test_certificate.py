@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.conftest import FAMILIES, dense_classes
 
 import hf_moe
 from hf_moe.convert import certificate as module
 from hf_moe.convert import certify, conversion, open_checkpoint
 from hf_moe.convert.families import FAMILIES as TABLES
 from hf_moe.errors import CertificateError
+from tests.conftest import FAMILIES, dense_classes
 
 LAYER = {name: table.layer for name, table in TABLES.items()}
 ATTENTION = {"bert": "attention.self.value.weight", "gpt2": "attn.c_proj.weight"}

@@ -7,11 +7,11 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.conftest import batch
 
 import hf_moe
 from hf_moe.convert import open_checkpoint, plan_upcycle
 from hf_moe.recipe import UpcycleRecipe
+from tests.conftest import batch
 
 
 def copied(folder, to):
@@ -24,7 +24,16 @@ def rewrite(folder, change):
 
 
 def test_reads_what_safetensors_reads(tmp_path):
-    dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
+    dtypes = [
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+        torch.bool,
+    ]
     tensors = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in dtypes}
     tensors |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4)}
     save_file(tensors, tmp_path / "model.safetensors")

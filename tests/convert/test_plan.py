@@ -7,17 +7,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tests.conftest import FAMILIES
 
 import hf_moe
 from hf_moe.convert import FAMILIES as TABLES
 from hf_moe.convert import open_checkpoint, plan_upcycle
+from hf_moe.convert.classes import moe_classes
 from hf_moe.convert.experts import copy_expert
-from hf_moe.convert.plan import moe_classes
 from hf_moe.convert.routers import calibrated_normal
 from hf_moe.errors import UsageError
 from hf_moe.modeling import CONFIGS
 from hf_moe.recipe import UpcycleRecipe, parse_layers
+from tests.conftest import FAMILIES
 
 HEADS = [(family, name) for family in FAMILIES for name in sorted(moe_classes(TABLES[family]))]
 

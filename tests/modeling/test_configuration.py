@@ -4,9 +4,9 @@ import json
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from tests.conftest import FAMILIES
 
 from hf_moe.modeling import CONFIGS
+from tests.conftest import FAMILIES
 
 
 @pytest.mark.parametrize("family", FAMILIES)

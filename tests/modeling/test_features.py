@@ -1,4 +1,4 @@
-"""What users do with a Transformers model keeps working: generation, checkpointing, compile, resize, PEFT, pipelines."""
+"""What users do with a Transformers model keeps working: generation, checkpointing, compile, PEFT, pipelines."""
 
 import copy
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from accelerate import infer_auto_device_map
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.conftest import FAMILIES, batch, save_tokenizer, tiny_moe
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, StaticCache, pipeline
+
+from tests.conftest import FAMILIES, batch, save_tokenizer, tiny_moe
 
 LM_AUTO = {"bert": AutoModelForMaskedLM, "gpt2": AutoModelForCausalLM}
 ATTENTION = {"bert": ["query", "value"], "gpt2": ["c_attn"]}

@@ -6,12 +6,12 @@ import pickle
 import pytest
 import torch
 import transformers
-from tests.conftest import DENSE_CONFIGS, FAMILIES, batch, dense_classes, moe_classes, tiny_moe
 from torch import nn
 
 from hf_moe.modeling import CONFIGS
 from hf_moe.modeling.modeling_moe import rebind
 from hf_moe.modeling.moe_layers import MoeBlock
+from tests.conftest import DENSE_CONFIGS, FAMILIES, batch, dense_classes, moe_classes, tiny_moe
 
 HEADS = [(family, name) for family in FAMILIES for name in moe_classes(family)]
 IDS = [name for _, name in HEADS]

@@ -82,7 +82,9 @@ def test_grouped_mm_runs_widths_that_its_kernel_refuses(width):
     made = config("grouped_mm", hidden_size=18, moe_intermediate_size=width)
     experts = fill(MoeExperts(made, hidden_act="gelu"))
     x, index, weights = torch.randn(5, 18), torch.tensor([[0, 1]] * 5), torch.full((5, 2), 0.5)
-    torch.testing.assert_close(experts(x, index, weights), naive_experts(experts, x, index, weights), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        experts(x, index, weights), naive_experts(experts, x, index, weights), rtol=1e-5, atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -192,4 +194,6 @@ def test_block_of_copies_is_the_dense_network():
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     experts = block.experts
     h = ACT2FN["gelu"](x @ experts.up_proj[0].T + experts.up_proj_bias[0])
-    torch.testing.assert_close(block(x), h @ experts.down_proj[0].T + experts.down_proj_bias[0], rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        block(x), h @ experts.down_proj[0].T + experts.down_proj_bias[0], rtol=1e-13, atol=1e-13
+    )

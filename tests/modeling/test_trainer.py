@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tests.conftest import tiny_moe
 from transformers import Trainer, TrainingArguments
+
+from tests.conftest import tiny_moe
 
 ROWS, LENGTH = 4, 12
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import FAMILIES, batch, tiny_moe
 
 import hf_moe.modeling
+from tests.conftest import FAMILIES, batch, tiny_moe
 
 LOAD = """
 import importlib.util, sys, torch, transformers
@@ -82,9 +82,8 @@ def assert_equal(got, expected):
             assert_equal(one, other)
 
 
-TRAVELLERS = sorted(Path(hf_moe.modeling.__file__).parent.glob("*_moe.py")) + [
-    Path(hf_moe.modeling.__file__).with_name("moe_layers.py")
-]
+HOME = Path(hf_moe.modeling.__file__).parent
+TRAVELLERS = [*sorted(HOME.glob("*_moe.py")), HOME / "moe_layers.py"]
 
 
 @pytest.mark.parametrize("file", TRAVELLERS, ids=lambda file: file.name)

@@ -1,0 +1,45 @@
+# Every target works from a bare clone: it makes its own virtual environment.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test test-slow lint format bench clean
+
+demo: $(VENV)/demo  ## a real BERT becomes a mixture of experts
+	$(BIN)/python examples/minilm.py
+
+test: $(VENV)/dev  ## the whole test suite but the slow proofs
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow and not gpu"
+
+test-slow: $(VENV)/dev  ## the slow proofs
+	$(BIN)/python -m pytest -m slow
+
+# Type checker and import-linter do not follow the package-dir map, so they look at a plain installed copy.
+lint: $(VENV)/dev  ## style, types, direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/lint && $(INSTALL) --no-deps --no-build-isolation --target build/lint .
+	cd build/lint && $(abspath $(BIN))/python -m mypy --config-file ../../pyproject.toml -p hf_moe
+	cd build/lint && PYTHONPATH=. $(abspath $(BIN))/lint-imports --config ../../pyproject.toml --no-cache
+
+format: $(VENV)/dev  ## let ruff rewrite the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/dev  ## the figures in benchmarks/
+	$(BIN)/python benchmarks/conversion.py
+	$(BIN)/python benchmarks/router_start.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output
+
+$(VENV)/demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable '.[demo]'
+	touch $@
+
+$(VENV)/dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable '.[dev]'
+	touch $@
