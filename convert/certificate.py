@@ -19,6 +19,7 @@ from .compare import (
     capture_feed_forward,
     compare_outputs,
     difference_of,
+    generate_greedily,
     load_model,
     make_batches,
     run_model,
@@ -74,6 +75,9 @@ def certify(
         runs[dtype] = _verdict(dense_outputs, moe_outputs, batches, limit)
         if dtype == "float32":
             runs[dtype]["dense_rounding"] = rounding
+            if dense_class.can_generate():
+                progress("generating")
+                runs[dtype]["greedy"] = _same_text(dense_model, moe_model, batches)
         if not runs[dtype]["passed"]:
             progress("looking for the layer that differs")
             runs[dtype]["bisect"] = bisect(dense_model, moe_model, family, batches[0], limit)
@@ -117,6 +121,10 @@ def explain(certificate: dict[str, Any]) -> str:
     """The verdict in one line."""
     parts = [f"{dtype} {certificate[dtype]['max_rel']:.1e}" for dtype in ("float32", "float64")]
     line = f"largest relative difference: {', '.join(parts)}"
+    if greedy := certificate["float32"].get("greedy"):
+        line += (
+            f"; {greedy['new_tokens']} greedy tokens the same for {greedy['identical']} of {greedy['prompts']} prompts"
+        )
     failed = next((certificate[d] for d in ("float64", "float32") if not certificate[d]["passed"]), None)
     if failed is None:
         return line
@@ -132,6 +140,18 @@ def _check_pair(dense: Checkpoint, moe: Checkpoint, family: Family, moe_class: t
     named = (moe.config.get("architectures") or ["no class"])[0]
     if named != moe_class.__name__:
         raise SourceError(f"{moe.path}: is a {named}, but a mixture of {dense.source} is a {moe_class.__name__}.")
+
+
+def _same_text(dense_model: PreTrainedModel, moe_model: PreTrainedModel, batches: list[Batch]) -> dict[str, Any]:
+    """Whether both continue every prompt by the same tokens. Reported, not judged: in float32 a near-tie may fall
+    either way without the functions being different ones."""
+    pairs = [
+        (one, other)
+        for batch in batches
+        for one, other in zip(generate_greedily(dense_model, batch), generate_greedily(moe_model, batch), strict=True)
+    ]
+    same = sum(one == other for one, other in pairs)
+    return {"prompts": len(pairs), "new_tokens": len(pairs[0][0]), "identical": same}
 
 
 def _verdict(dense, moe, batches: list[Batch], limit: float) -> dict[str, Any]:

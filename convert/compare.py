@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from .checkpoint import Checkpoint
 from .families import Family
@@ -16,6 +16,8 @@ from .quiet import quiet
 
 MAX_TOKENS = 128  # of one text
 RANDOM_LENGTHS = (64, 48, 17, 3)
+PROMPT_TOKENS = 3
+NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,21 @@ def run_model(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
     found = {f"hidden_states.{i}": state for i, state in enumerate(outputs.hidden_states)}
     found |= {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
     return {name: value.to(torch.float64) for name, value in found.items() if value.is_floating_point()}
+
+
+@torch.no_grad()
+def generate_greedily(model: PreTrainedModel, batch: Batch) -> list[list[int]]:
+    """The first tokens of each row of `batch`, continued greedily by `NEW_TOKENS`, or to the model's last position."""
+    prompts = batch.input_ids[:, :PROMPT_TOKENS]
+    room = getattr(model.config, "max_position_embeddings", NEW_TOKENS + PROMPT_TOKENS) - PROMPT_TOKENS
+    generated = model.generate(  # type: ignore[operator]
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        generation_config=GenerationConfig(
+            max_new_tokens=min(NEW_TOKENS, room), do_sample=False, eos_token_id=None, pad_token_id=0
+        ),
+    )
+    return generated[:, PROMPT_TOKENS:].tolist()
 
 
 def compare_outputs(dense: dict[str, torch.Tensor], moe: dict[str, torch.Tensor], batch: Batch) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +127,7 @@ def _name_tokenizer(model_type: str, folder: Path) -> None:
         file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def from_dense(
-    cls: type[PreTrainedModel], source: str | os.PathLike[str], *, dtype: Any = "auto", **options: Any
-) -> PreTrainedModel:
+def from_dense(cls: type[PreTrainedModel], source: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
     """A mixture of class `cls`, in memory, from the dense checkpoint `source`.
 
     A head that `source` lacks is initialised at random, as `from_pretrained` would. For a checkpoint on disk with a
@@ -137,14 +135,17 @@ def from_dense(
 
     Args:
         source: a folder or a Hub id.
-        dtype: as in `from_pretrained`.
-        options: the fields of `UpcycleRecipe`.
+        options: the fields of `UpcycleRecipe` (`num_experts`, …); all others go to `from_pretrained` (`dtype`,
+            `num_labels`, …).
 
     Raises:
         UsageError, SourceError, OutputError: as in `upcycle`.
     """
+    names = {field.name for field in fields(UpcycleRecipe)}
+    recipe = {name: value for name, value in options.items() if name in names}
+    loading = {name: value for name, value in options.items() if name not in names}
     with tempfile.TemporaryDirectory(prefix="hf_moe.") as folder:
-        made = upcycle(source, Path(folder) / "moe", verify=False, **options)
-        model = cls.from_pretrained(made.path, dtype=dtype)
+        made = upcycle(source, Path(folder) / "moe", verify=False, **recipe)
+        model = cls.from_pretrained(made.path, **loading)
     model.config._name_or_path = model.name_or_path = str(source)
     return model

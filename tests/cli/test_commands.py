@@ -183,5 +183,11 @@ def test_the_commands_of_the_python_api(dense_folder, tmp_path):
     loaded = hf_moe.BertMoeForMaskedLM.from_pretrained(made.path)
     assert torch.equal(model(**batch("bert")).logits, loaded(**batch("bert")).logits)
     assert model.name_or_path == str(dense_folder("bert"))
-    with_head = hf_moe.BertMoeForSequenceClassification.from_dense(dense_folder("bert"), num_experts=4)
-    assert with_head(**batch("bert")).logits.shape == (2, 2)
+    with_head = hf_moe.BertMoeForSequenceClassification.from_dense(
+        dense_folder("bert"), num_experts=4, num_labels=3, dtype=torch.bfloat16
+    )
+    assert with_head(**batch("bert")).logits.shape == (2, 3)
+    assert with_head.dtype == torch.bfloat16
+    assert with_head.config.num_experts == 4
+    with pytest.raises(TypeError, match="num_expert"):
+        hf_moe.BertMoeForMaskedLM.from_dense(dense_folder("bert"), num_expert=4)

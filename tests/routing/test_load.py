@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.conftest import FAMILIES, batch, tiny_moe
 
 from hf_moe.routing.load import expert_load
 from hf_moe.routing.plots import load_heat_map
+from tests.conftest import FAMILIES, batch, tiny_moe
 
 
 @pytest.mark.parametrize("family", FAMILIES)

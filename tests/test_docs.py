@@ -1,0 +1,56 @@
+"""The documents: every command and every piece of Python in them runs, in the order they stand."""
+
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_moe.cli import main
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(bash|python|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
+def test_what_the_documents_say_runs(document, dense_folder, tmp_path, monkeypatch):
+    for family in ("bert", "gpt2"):
+        shutil.copytree(dense_folder(family), tmp_path / family)
+    monkeypatch.chdir(tmp_path)
+    for language, text in BLOCK.findall(document.read_text(encoding="utf-8")):
+        if language == "python":
+            exec(compile(text, document.name, "exec"), {"__name__": "document"})
+        elif language == "yaml":
+            Path(text.partition("\n")[0].removeprefix("# ")).write_text(text)
+        else:
+            for command in text.splitlines():
+                run(shlex.split(command), monkeypatch)
+
+
+def run(command, monkeypatch):
+    if command[0] == "make":  # CI runs `make test`, and tests/models the demo; here it only has to be there
+        assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    assert command[0] == "hf-moe"
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert not exit_.value.code, command
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda file: file.name)
+def test_links_lead_somewhere(document):
+    for link in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+        if not link.startswith("http"):
+            assert (document.parent / link).exists(), link
+
+
+def test_the_families_of_the_documents_are_those_of_the_code():
+    from hf_moe.convert import FAMILIES
+
+    usage = (ROOT / "docs" / "usage.md").read_text()
+    listed = re.findall(r"^\| ([\w-]+) \| all", usage, re.MULTILINE)
+    assert {name.lower().replace("-", "") for name in listed} == set(FAMILIES)
