@@ -59,7 +59,8 @@ def whole_folder(output: Path) -> Iterator[Path]:
                 parent.rmdir()
             raise
     except OSError as error:
-        raise OutputError(f"{output}: can't be written ({error.strerror or error}).") from error
+        where = f": {error.filename}" if error.filename else ""
+        raise OutputError(f"{output}: can't be written ({error.strerror or error}{where}).") from error
 
 
 def _make_parents(parent: Path) -> list[Path]:

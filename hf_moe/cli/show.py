@@ -94,7 +94,7 @@ class Bars(Listener):
         self.progress.stop()
 
     def stage(self, name: str) -> None:
-        self.progress.update(self.task, description=name)
+        self.progress.reset(self.task, description=name, total=None)
 
     def total(self, nbytes: int) -> None:
         self.progress.update(self.task, total=nbytes)

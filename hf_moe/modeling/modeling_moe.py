@@ -87,11 +87,11 @@ def body_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
     `router_logits` come from Transformers' own output capturing (`_can_record_outputs`): a tuple with one (T, E)
     tensor a mixture layer, T = batch · sequence, before the softmax.
     """
-    names = tuple(inspect.signature(dense_forward).parameters)[1:]
+    names = _positional_names(dense_forward)
 
     @functools.wraps(dense_forward)
     def forward(self, *args, router_state: RouterState | None = None, **kwargs):
-        kwargs.update(zip(names, args, strict=False))
+        kwargs.update(_named(names, args))
         return_dict = kwargs.pop("return_dict", None)
         if router_state is not None:
             kwargs["output_router_logits"] = True
@@ -117,7 +117,7 @@ def head_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
     While training the losses are always computed, returned, and added to `loss`. In evaluation `loss` is the task's
     alone, so that it compares with a dense model's.
     """
-    names = tuple(inspect.signature(dense_forward).parameters)[1:]
+    names = _positional_names(dense_forward)
 
     @functools.wraps(dense_forward)
     def forward(
@@ -127,7 +127,7 @@ def head_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ):
-        kwargs.update(zip(names, args, strict=False))
+        kwargs.update(_named(names, args))
         return_dict = kwargs.pop("return_dict", None)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -146,6 +146,18 @@ def head_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
 
     forward.__annotations__ = {**dense_forward.__annotations__, "return": tuple | output_class}  # wraps shares theirs
     return forward
+
+
+def _positional_names(forward: Callable) -> tuple[str, ...]:
+    """Read at import: torch.compile can't trace signatures."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+def _named(names: tuple[str, ...], args: tuple) -> dict[str, Any]:
+    if len(args) > len(names):
+        raise TypeError(f"forward() takes at most {len(names)} positional arguments, but {len(args)} were given")
+    return dict(zip(names, args, strict=False))
 
 
 @torch.compiler.assume_constant_result
@@ -228,23 +240,17 @@ class MoePreTrainedModelMixin(_Base):
         if self.training:
             loss = loss + self.config.router_aux_loss_coef * outputs["aux_loss"].to(loss.device)
             loss = loss + self.config.router_z_loss_coef * outputs["z_loss"].to(loss.device)
-        if num_items_in_batch is None:
+        shifted = inputs.get("shift_labels")
+        labels = inputs.get("labels") if shifted is None else shifted
+        if num_items_in_batch is None or labels is None:
             return loss
-        num_labels = self._num_labels_in(inputs).to(loss.device)
+        if shifted is None and LOSS_MAPPING.get(self.loss_type) is ForCausalLMLoss:
+            labels = labels[..., 1:]
+        num_labels = labels.ne(-100).sum().to(loss.device)  # as Trainer counts `num_items_in_batch`
         if isinstance(num_items_in_batch, torch.Tensor):
             num_items_in_batch = num_items_in_batch.to(loss.device)
         # a batch whose labels are all ignored has a mean of 0/0: it counts nothing
         return torch.where(num_labels > 0, loss, 0.0) * (num_labels / num_items_in_batch)
-
-    def _num_labels_in(self, inputs: dict) -> torch.Tensor:
-        """Counted as Trainer counts `num_items_in_batch`."""
-        if inputs.get("shift_labels") is not None:
-            labels = inputs["shift_labels"]
-        elif LOSS_MAPPING.get(self.loss_type) is ForCausalLMLoss:
-            labels = inputs["labels"][..., 1:]
-        else:
-            labels = inputs["labels"]
-        return labels.ne(-100).sum()
 
 
 @dataclass

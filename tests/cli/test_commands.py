@@ -11,6 +11,7 @@ import yaml
 from safetensors import safe_open
 from transformers import AutoModel, AutoTokenizer
 
+import hf_moe
 from hf_moe.cli import main
 from tests.conftest import FAMILIES, batch
 
@@ -54,9 +55,7 @@ def test_upcycle_inspect_verify(family, dense_folder, hf_moe_command, tmp_path):
     assert described["certificate"]["passed"]
     assert described["certificate"]["weights_unchanged"]
     assert described["upcycled_from"]["source"] == dense.name
-    model = AutoModel.from_pretrained(moe)
-    assert described["active_parameters"] < described["parameters"]
-    assert model.config.moe_layers == [1]
+    assert AutoModel.from_pretrained(moe).config.moe_layers == [1]
 
     (moe / "certificate.json").unlink()
     code, out, _ = hf_moe_command("verify", dense, moe)
@@ -134,11 +133,7 @@ def test_overwrite_replaces_the_folder(dense_folder, hf_moe_command, tmp_path):
 def test_verify_fails_beyond_the_tolerance_and_names_the_layer(dense_folder, hf_moe_command, tmp_path):
     dense, moe = dense_folder("bert"), tmp_path / "moe"
     hf_moe_command("upcycle", dense, moe, "-q")
-    model = AutoModel.from_pretrained(dense)  # the dense body; the mixture is changed on disk
-    assert model is not None
-    from hf_moe import BertMoeForMaskedLM
-
-    changed = BertMoeForMaskedLM.from_pretrained(moe)
+    changed = hf_moe.BertMoeForMaskedLM.from_pretrained(moe)
     with torch.no_grad():
         changed.bert.encoder.layer[1].mlp.experts.down_proj[2] *= 1.01
     changed.save_pretrained(moe)
@@ -174,9 +169,7 @@ def test_the_installed_command():
     assert (missing.returncode, missing.stdout, missing.stderr) == (1, "", "Error: ./nowhere: no such folder.\n")
 
 
-def test_the_commands_of_the_python_api(dense_folder, tmp_path):
-    import hf_moe
-
+def test_the_same_in_python(dense_folder, tmp_path):
     made = hf_moe.upcycle(dense_folder("bert"), tmp_path / "moe", num_experts=4)
     assert made.certificate["passed"]
     model = hf_moe.BertMoeForMaskedLM.from_dense(dense_folder("bert"), num_experts=4, seed=0)

@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
 import hf_moe
 from hf_moe.convert import open_checkpoint, plan_upcycle
@@ -61,8 +62,7 @@ def upcycled(folder, tmp_path, **options):
 
 def same_outputs(family, dense, moe):
     with torch.no_grad():
-        one = hf_moe.convert.conversion.transformers.AutoModel.from_pretrained(dense)(**batch(family))
-        other = hf_moe.convert.conversion.transformers.AutoModel.from_pretrained(moe)(**batch(family))
+        one, other = (AutoModel.from_pretrained(folder).eval()(**batch(family)) for folder in (dense, moe))
     torch.testing.assert_close(one.last_hidden_state, other.last_hidden_state, rtol=1e-5, atol=1e-5)
 
 

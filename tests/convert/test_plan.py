@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import hf_moe
 from hf_moe.convert import FAMILIES as TABLES
@@ -76,9 +77,8 @@ def test_every_head_is_converted_exactly(family, name, dense_folder, tmp_path):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_checkpoints(family, top_k, dtype, dense_folder, tmp_path):
     dense = tmp_path / "dense"
-    auto = {"bert": "AutoModelForMaskedLM", "gpt2": "AutoModelForCausalLM"}[family]
-    model = getattr(hf_moe.convert.conversion.transformers, auto).from_pretrained(dense_folder(family), dtype=dtype)
-    model.save_pretrained(dense)
+    auto = {"bert": AutoModelForMaskedLM, "gpt2": AutoModelForCausalLM}[family]
+    auto.from_pretrained(dense_folder(family), dtype=dtype).save_pretrained(dense)
     made = hf_moe.upcycle(dense, tmp_path / "moe", num_experts=4, num_experts_per_tok=top_k)
     assert made.certificate["passed"]
     assert {tensor.dtype for tensor in load_file(made.path / "model.safetensors").values()} == {getattr(torch, dtype)}
