@@ -120,7 +120,8 @@ def _name_tokenizer(model_type: str, folder: Path) -> None:
     file = folder / TOKENIZER_CONFIG
     values = read_json(file) if file.is_file() else {}
     if "tokenizer_class" not in values:
-        tokenizer_class: Any = transformers.TOKENIZER_MAPPING[transformers.CONFIG_MAPPING[model_type]]
+        config_class = transformers.CONFIG_MAPPING[model_type]
+        tokenizer_class: Any = transformers.TOKENIZER_MAPPING.get(config_class, transformers.PreTrainedTokenizerFast)
         if isinstance(tokenizer_class, tuple):
             tokenizer_class = next(cls for cls in reversed(tokenizer_class) if cls is not None)
         values["tokenizer_class"] = tokenizer_class.__name__.removesuffix("Fast")

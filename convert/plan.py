@@ -34,7 +34,7 @@ class TensorPlan:
     Args:
         name, dtype, shape: as they will stand in the file (`dtype` in safetensors' words).
         method: "copy", "experts" or "router": a key of `stream.METHODS`.
-        sources: names of the source tensors it is made from.
+        sources: names of the source tensors it is made from; of "experts", stacked by rows (gate, then up).
         transposed: whether the source stores (in, out) where the target stores (out, in).
     """
 
@@ -139,13 +139,7 @@ def _plan(checkpoint: Checkpoint, recipe: UpcycleRecipe) -> Plan:
 
 
 def _check_numbers(recipe: UpcycleRecipe) -> None:
-    if recipe.num_experts < 2:
-        raise UsageError(f"num_experts is {recipe.num_experts}, but a mixture needs at least 2 experts.")
-    if not 1 <= recipe.num_experts_per_tok <= recipe.num_experts:
-        raise UsageError(
-            f"top-k (num_experts_per_tok) is {recipe.num_experts_per_tok}, but it must lie between 1 and "
-            f"num_experts ({recipe.num_experts})."
-        )
+    """What the mixture's configuration does not check itself."""
     if recipe.noise_std < 0:
         raise UsageError(f"noise_std is {recipe.noise_std}, but it can't be negative.")
     if recipe.router_logit_std <= 0:
@@ -156,7 +150,7 @@ def _check_numbers(recipe: UpcycleRecipe) -> None:
 
 def _dense_config(checkpoint: Checkpoint) -> PretrainedConfig:
     config_class = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]]
-    return _made(checkpoint, config_class, checkpoint.config)
+    return _made(config_class, checkpoint.config, SourceError, f"{checkpoint.path}: config.json is refused")
 
 
 def _moe_config(checkpoint, family, moe_class, recipe: UpcycleRecipe, layers: list[int]) -> PretrainedConfig:
@@ -170,15 +164,18 @@ def _moe_config(checkpoint, family, moe_class, recipe: UpcycleRecipe, layers: li
         "router_aux_loss_coef": recipe.router_aux_loss_coef,
         "router_z_loss_coef": recipe.router_z_loss_coef,
     }
-    return _made(checkpoint, family.config_class, values)
+    # the dense configuration was accepted, so what is refused now is the recipe's
+    return _made(family.config_class, values, UsageError, "upcycle")
 
 
-def _made(checkpoint: Checkpoint, config_class: type[PretrainedConfig], values: dict[str, Any]) -> PretrainedConfig:
+def _made(
+    config_class: type[PretrainedConfig], values: dict[str, Any], kind: type[HfMoeError], where: str
+) -> PretrainedConfig:
     try:
         return config_class.from_dict(values)
     except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        raise SourceError(f"{checkpoint.path}: config.json is refused: {reason}") from error
+        raise kind(f"{where}: {reason}") from error
 
 
 def _tensors(checkpoint, family: Family, dense_class, recipe, layers, names) -> list[TensorPlan]:
@@ -200,22 +197,28 @@ def _tensors(checkpoint, family: Family, dense_class, recipe, layers, names) -> 
 def _layer_tensors(checkpoint, family: Family, prefix: str, num_experts: int, names) -> dict[str, list[TensorPlan]]:
     """Name of each projection's tensor in one layer -> what is written in its place."""
     plans: dict[str, list[TensorPlan]] = {}
-    for module, target in ((family.up, "up_proj"), (family.down, "down_proj")):
+    targets: dict[str, tuple[str, ...]] = {"up_proj": (family.up,), "down_proj": (family.down,)}
+    if family.gate is not None:
+        targets = {"gate_up_proj": (family.gate, family.up), "down_proj": (family.down,)}
+    for target, modules in targets.items():
         for kind, suffix in (("weight", ""), ("bias", "_bias")):
-            name = f"{prefix}.{module}.{kind}"
-            info = checkpoint.tensors[names[name]]
+            found = [f"{prefix}.{module}.{kind}" for module in modules]
+            if any(name not in names for name in found):
+                continue  # a projection without bias
+            infos = [checkpoint.tensors[names[name]] for name in found]
             transposed = family.transposed and kind == "weight"
-            plans[name] = [
-                TensorPlan(
-                    name=f"{prefix}.mlp.experts.{target}{suffix}",
-                    dtype=info.dtype,
-                    shape=(num_experts, *(reversed(info.shape) if transposed else info.shape)),
-                    method="experts",
-                    sources=(info.name,),
-                    transposed=transposed,
-                )
-            ]
-    up = f"{prefix}.{family.up}.weight"
+            shapes = [info.shape[::-1] if transposed else info.shape for info in infos]
+            expert = TensorPlan(
+                name=f"{prefix}.mlp.experts.{target}{suffix}",
+                dtype=infos[0].dtype,
+                shape=(num_experts, sum(shape[0] for shape in shapes), *shapes[0][1:]),
+                method="experts",
+                sources=tuple(info.name for info in infos),
+                transposed=transposed,
+            )
+            plans |= {name: [] for name in found[1:]}
+            plans[found[0]] = [expert]
+    up = f"{prefix}.{family.gate or family.up}.weight"
     norm = [names[name] for kind in ("weight", "bias") if (name := f"{prefix}.{family.norm}.{kind}") in names]
     plans[up].append(
         TensorPlan(

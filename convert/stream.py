@@ -60,8 +60,10 @@ def _copied(tensor: TensorPlan, plan: Plan, checkpoint: Checkpoint) -> Iterator[
 
 def _experts(tensor: TensorPlan, plan: Plan, checkpoint: Checkpoint) -> Iterator[torch.Tensor]:
     """One expert at a time."""
-    dense = _read(tensor.sources[0], plan, checkpoint)
-    dense = dense.T.contiguous() if tensor.transposed else dense
+    parts = [_read(source, plan, checkpoint) for source in tensor.sources]
+    dense = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if tensor.transposed:
+        dense = dense.T.contiguous()
     generator = _generator(tensor, plan)
     for _ in range(tensor.shape[0]):
         yield copy_expert(dense, plan.recipe.noise_std, generator)

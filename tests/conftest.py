@@ -7,11 +7,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers run side by side
 
 import pytest
 import torch
-from transformers import BertConfig, BertTokenizer, GPT2Config, GPT2Tokenizer
+from transformers import BertTokenizer, GPT2Tokenizer
 from transformers.utils import logging
 
 import hf_moe
 from hf_moe.modeling import CONFIGS, model_class
+from tests.families import TESTED
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()
@@ -37,34 +38,17 @@ WORDS = [
     "##ing",
     "##ed",
 ]
-DENSE_CONFIGS = {
-    "bert": lambda **kwargs: BertConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        **kwargs,
-    ),
-    "gpt2": lambda **kwargs: GPT2Config(
-        vocab_size=300,
-        n_embd=32,
-        n_layer=3,
-        n_head=4,
-        n_positions=64,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        **kwargs,
-    ),
-}
 FAMILIES = sorted(CONFIGS)
 
 
 def dense_classes(family: str) -> dict[str, type]:
     """Name of each dense class of a family -> the class."""
     return {cls.__bases__[1].__name__: cls.__bases__[1] for cls in moe_classes(family).values()}
+
+
+def lm_class(family: str) -> str:
+    """Name of the mixture class with the family's language model."""
+    return CONFIGS[family].auto_classes[TESTED[family].lm]
 
 
 def moe_classes(family: str) -> dict[str, type]:
@@ -85,7 +69,7 @@ def scatter(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def save_tokenizer(family: str, folder) -> None:
-    if family == "bert":
+    if TESTED[family].tokenizer == "wordpiece":
         vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
         BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
     else:
@@ -106,14 +90,14 @@ def dense_folder(tmp_path_factory):
     made = {}
 
     def make(family: str, name: str | None = None, max_shard_size: str = "5GB", **config):
-        name = name or {"bert": "BertForMaskedLM", "gpt2": "GPT2LMHeadModel"}[family]
+        name = name or moe_classes(family)[lm_class(family)].__bases__[1].__name__
         key = (name, max_shard_size, *sorted(config.items()))
         if key not in made:
             folder = tmp_path_factory.mktemp(name)
             torch.manual_seed(0)
             if name == "BertLMHeadModel":
                 config["is_decoder"] = True
-            model = scatter(dense_classes(family)[name](DENSE_CONFIGS[family](**config)))
+            model = scatter(dense_classes(family)[name](TESTED[family].tiny(**config)))
             model.save_pretrained(folder, max_shard_size=max_shard_size)
             save_tokenizer(family, folder)
             (folder / "LICENSE.txt").write_text("Apache-2.0\n")
@@ -126,12 +110,10 @@ def dense_folder(tmp_path_factory):
 def tiny_moe(family: str, class_name: str | None = None, **config):
     """A mixture with random weights, in evaluation mode."""
     config_class = CONFIGS[family]
-    dense = DENSE_CONFIGS[family]().to_dict()
+    dense = TESTED[family].tiny().to_dict()
     values = {name: value for name, value in dense.items() if name not in ("model_type", "architectures")}
     values = {"num_experts": 4, "moe_layers": [0, 2], **values, **config}
-    class_name = (
-        class_name or config_class.auto_classes["AutoModelForCausalLM" if family == "gpt2" else "AutoModelForMaskedLM"]
-    )
+    class_name = class_name or lm_class(family)
     torch.manual_seed(0)
     return scatter(model_class(config_class, class_name)(config_class(**values)))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_moe.cli import main
+from tests.conftest import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -17,7 +18,7 @@ BLOCK = re.compile(r"^```(bash|python|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTA
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
 def test_what_the_documents_say_runs(document, dense_folder, tmp_path, monkeypatch):
-    for family in ("bert", "gpt2"):
+    for family in FAMILIES:
         shutil.copytree(dense_folder(family), tmp_path / family)
     monkeypatch.chdir(tmp_path)
     for language, text in BLOCK.findall(document.read_text(encoding="utf-8")):

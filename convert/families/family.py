@@ -13,6 +13,7 @@ class Family:
         config_class: the mixture's configuration; its `model_type` is the dense one with `_moe` behind it.
         layer: name of a layer, with `{layer}` for its index.
         up: the projection into the inner width; its input is what the router reads.
+        gate: the projection into the gate, in gated networks.
         down: the projection out of it.
         norm: the norm that makes the feed-forward network's input, by which the router's start is calibrated.
         transposed: whether the projections store (in, out), as GPT-2's Conv1D does.
@@ -25,6 +26,7 @@ class Family:
     up: str
     down: str
     norm: str
+    gate: str | None = None
     transposed: bool = False
     renamed: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)

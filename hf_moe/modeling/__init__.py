@@ -8,10 +8,11 @@ from transformers import PreTrainedModel
 
 from .configuration_bert_moe import BertMoeConfig
 from .configuration_gpt2_moe import GPT2MoeConfig
+from .configuration_llama_moe import LlamaMoeConfig
 from .configuration_moe import MoeConfigMixin
 
 # Dense `model_type` -> the mixture's configuration.
-CONFIGS: dict[str, type[MoeConfigMixin]] = {"bert": BertMoeConfig, "gpt2": GPT2MoeConfig}
+CONFIGS: dict[str, type[MoeConfigMixin]] = {"bert": BertMoeConfig, "gpt2": GPT2MoeConfig, "llama": LlamaMoeConfig}
 
 
 def modeling_module(config_class: type[MoeConfigMixin]) -> Any:

@@ -21,9 +21,11 @@ from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPoolingAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
+    CausalLMOutputWithPast,
     MaskedLMOutput,
     MultipleChoiceModelOutput,
     NextSentencePredictorOutput,
@@ -38,7 +40,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from .moe_layers import MoeBlock, MoeExperts, TopKRouter, load_balancing_loss, router_z_loss
 
 
-def rebind(constructor: Callable, **classes: type) -> Callable:
+def rebind(constructor: Callable, **classes: Any) -> Callable:
     """The dense `constructor`, seeing `classes` where its own module has the dense classes of those names.
 
     Nothing is patched: the copy has its own globals, so dense models built meanwhile, in any thread, stay dense.
@@ -69,6 +71,11 @@ def _names_used(code: types.CodeType) -> set[str]:
     names = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     inner = [_names_used(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return names.union(*inner)
+
+
+def auto_model_of(body_class: type[PreTrainedModel]) -> types.SimpleNamespace:
+    """Stands for `AutoModel` in constructors that ask it for their body: a checkpoint's code is unknown to it."""
+    return types.SimpleNamespace(from_config=body_class)
 
 
 class RouterState:
@@ -269,8 +276,13 @@ class RouterOutput(ModelOutput):
 
 
 @dataclass
+class MoeBaseModelOutputWithPast(RouterOutput, BaseModelOutputWithPast):
+    """The dense body's output with the router's fields, as are the classes below for other bodies and the heads."""
+
+
+@dataclass
 class MoeBaseModelOutputWithPastAndCrossAttentions(RouterOutput, BaseModelOutputWithPastAndCrossAttentions):
-    """The dense body's output with the router's fields, as are the classes below for the heads."""
+    pass
 
 
 @dataclass
@@ -280,6 +292,11 @@ class MoeBaseModelOutputWithPoolingAndCrossAttentions(RouterOutput, BaseModelOut
 
 @dataclass
 class MoeCausalLMOutputWithCrossAttentions(RouterOutput, CausalLMOutputWithCrossAttentions):
+    pass
+
+
+@dataclass
+class MoeCausalLMOutputWithPast(RouterOutput, CausalLMOutputWithPast):
     pass
 
 

@@ -9,9 +9,9 @@ from hf_moe.convert import certify, conversion, open_checkpoint
 from hf_moe.convert.families import FAMILIES as TABLES
 from hf_moe.errors import CertificateError
 from tests.conftest import FAMILIES, dense_classes
+from tests.families import TESTED
 
 LAYER = {name: table.layer for name, table in TABLES.items()}
-ATTENTION = {"bert": "attention.self.value.weight", "gpt2": "attn.c_proj.weight"}
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_what_it_measures(family, pair):
             assert run["loss"]["dense"] > 0
             assert abs(run["loss"]["difference"]) < 1e-5
     assert certificate["float32"]["dense_rounding"] > 0
-    if family == "gpt2":
+    if TESTED[family].is_decoder:
         assert certificate["float32"]["greedy"] == {"prompts": 14, "new_tokens": 61, "identical": 14}
 
 
@@ -53,7 +53,7 @@ def test_a_changed_expert_is_found_and_its_layer_named(family, size, pair):
     dense, moe, model = pair(family)
     block = model.base_model.get_submodule(f"{LAYER[family].format(layer=1)}.mlp")
     with torch.no_grad():
-        block.experts.down_proj_bias[3, 0] += size
+        block.experts.down_proj[3, 0] += size
     model.save_pretrained(moe)
     certificate = certified(dense, moe)
     assert not certificate["passed"]
@@ -68,7 +68,7 @@ def test_a_changed_expert_is_found_and_its_layer_named(family, size, pair):
 def test_a_change_outside_the_experts_is_told_apart(family, pair):
     dense, moe, model = pair(family)
     with torch.no_grad():
-        model.base_model.get_parameter(f"{LAYER[family].format(layer=2)}.{ATTENTION[family]}").mul_(1.01)
+        model.base_model.get_parameter(f"{LAYER[family].format(layer=2)}.{TESTED[family].attention_weight}").mul_(1.01)
     model.save_pretrained(moe)
     certificate = certified(dense, moe)
     assert certificate["float64"]["bisect"]["summary"] == "layer 2 differs outside its feed-forward network"

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import hf_moe
 from hf_moe.convert import FAMILIES as TABLES
@@ -19,6 +19,7 @@ from hf_moe.errors import UsageError
 from hf_moe.modeling import CONFIGS
 from hf_moe.recipe import UpcycleRecipe, parse_layers
 from tests.conftest import FAMILIES
+from tests.families import TESTED
 
 HEADS = [(family, name) for family in FAMILIES for name in sorted(moe_classes(TABLES[family]))]
 
@@ -77,8 +78,7 @@ def test_every_head_is_converted_exactly(family, name, dense_folder, tmp_path):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_checkpoints(family, top_k, dtype, dense_folder, tmp_path):
     dense = tmp_path / "dense"
-    auto = {"bert": AutoModelForMaskedLM, "gpt2": AutoModelForCausalLM}[family]
-    auto.from_pretrained(dense_folder(family), dtype=dtype).save_pretrained(dense)
+    getattr(transformers, TESTED[family].lm).from_pretrained(dense_folder(family), dtype=dtype).save_pretrained(dense)
     made = hf_moe.upcycle(dense, tmp_path / "moe", num_experts=4, num_experts_per_tok=top_k)
     assert made.certificate["passed"]
     assert {tensor.dtype for tensor in load_file(made.path / "model.safetensors").values()} == {getattr(torch, dtype)}
@@ -96,15 +96,16 @@ def test_experts_are_copies_and_noise_is_seeded(family, dense_folder, tmp_path):
             "other": {"noise_std": 0.1, "seed": 1},
         }.items()
     }
-    [up] = [name for name in made["copies"] if name.endswith("0.mlp.experts.up_proj")]
-    copies, noisy = made["copies"][up], made["noisy"][up]
+    [down] = [name for name in made["copies"] if name.endswith("0.mlp.experts.down_proj")]
+    copies, noisy = made["copies"][down], made["noisy"][down]
     assert all(torch.equal(copies[0], expert) for expert in copies)
     deviation = (noisy - copies).std() / copies[0].std()
     assert 0.08 < deviation < 0.12
     assert not torch.equal(noisy[0], noisy[1])
-    assert torch.equal(noisy, made["again"][up])
-    assert not torch.equal(noisy, made["other"][up])
-    assert torch.equal(made["noisy"][up + "_bias"], made["copies"][up + "_bias"])
+    assert torch.equal(noisy, made["again"][down])
+    assert not torch.equal(noisy, made["other"][down])
+    biases = [name for name in made["copies"] if name.endswith("_bias")]
+    assert all(torch.equal(made["noisy"][name], made["copies"][name]) for name in biases)
 
 
 def test_noise_is_no_exact_start_and_says_so(dense_folder, tmp_path):

@@ -29,7 +29,7 @@ from tests.conftest import FAMILIES
 )
 def test_impossible_values_are_refused_in_a_sentence(family, values, sentence):
     with pytest.raises(StrictDataclassError) as caught:
-        CONFIGS[family](**values)
+        CONFIGS[family](num_hidden_layers=12, **values)
     assert sentence in str(caught.value)
 
 
@@ -43,19 +43,21 @@ def test_an_impossible_change_is_refused_when_saved(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip(family, tmp_path):
-    config = CONFIGS[family](num_experts=6, moe_layers=[3, 1], upcycled_from={"source": "x", "revision": None})
+    config = CONFIGS[family](
+        num_hidden_layers=12, num_experts=6, moe_layers=[3, 1], upcycled_from={"source": "x", "revision": None}
+    )
     config.save_pretrained(tmp_path)
     again = CONFIGS[family].from_pretrained(tmp_path)
     assert again.to_dict() == {**config.to_dict(), "_name_or_path": again._name_or_path}
     assert again.moe_layer_indices == [1, 3]
-    assert CONFIGS[family]().moe_layer_indices == list(range(12))
+    assert CONFIGS[family](num_hidden_layers=12).moe_layer_indices == list(range(12))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_of_the_ecosystem(family):
     config = CONFIGS[family]()
     assert config.num_local_experts == config.num_experts == 8
-    assert config.moe_intermediate_size == 3072
+    assert config.moe_intermediate_size == config.dense_intermediate_size > 0
     assert {"aux_loss", "z_loss", "router_logits", "past_key_values"} <= set(config.keys_to_ignore_at_inference)
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from hf_moe.modeling import CONFIGS
 from hf_moe.modeling.modeling_moe import rebind
 from hf_moe.modeling.moe_layers import MoeBlock
-from tests.conftest import DENSE_CONFIGS, FAMILIES, batch, dense_classes, moe_classes, tiny_moe
+from tests.conftest import FAMILIES, batch, dense_classes, moe_classes, tiny_moe
+from tests.families import TESTED
 
 HEADS = [(family, name) for family in FAMILIES for name in moe_classes(family)]
 IDS = [name for _, name in HEADS]
@@ -40,7 +41,7 @@ def labels_for(name, inputs):
         return {"labels": rows}
     if name.endswith("ForTokenClassification"):
         return {"labels": (ids % 2).masked_fill(inputs["attention_mask"] == 0, -100)}
-    if name.endswith(("LMHeadModel", "ForMaskedLM", "DoubleHeadsModel")):
+    if name.endswith(("LMHeadModel", "ForMaskedLM", "ForCausalLM", "DoubleHeadsModel")):
         return {"labels": token_labels}
     return {}
 
@@ -64,7 +65,7 @@ def test_every_head_that_transformers_has_is_here(family):
 @pytest.mark.parametrize(("family", "name"), HEADS, ids=IDS)
 def test_built_as_the_dense_class_is(family, name):
     moe = tiny_moe(family, name)
-    dense = type(moe).__bases__[1](DENSE_CONFIGS[family]())
+    dense = type(moe).__bases__[1](TESTED[family].tiny())
     moe_children, dense_children = ({n: type(m) for n, m in model.named_children()} for model in (moe, dense))
     assert list(moe_children) == list(dense_children)
     for child, kind in dense_children.items():
@@ -116,7 +117,6 @@ def test_auxiliary_losses_join_the_loss_in_training_only(family, name):
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    model.config.attention_probs_dropout_prob = model.config.attn_pdrop = 0.0
     evaluated = model(**inputs, **labels, output_router_logits=True)
     trained = model.train()(**inputs, **labels)
     torch.testing.assert_close(trained.loss, evaluated.loss + 0.5 * trained.aux_loss + 0.25 * trained.z_loss)
@@ -159,5 +159,5 @@ def test_rebind_refuses_a_constructor_that_builds_something_else():
 
 def test_rebind_leaves_the_dense_classes_alone():
     tiny_moe("bert")
-    dense = dense_classes("bert")["BertForMaskedLM"](DENSE_CONFIGS["bert"]())
+    dense = dense_classes("bert")["BertForMaskedLM"](TESTED["bert"].tiny())
     assert not any(isinstance(module, MoeBlock) for module in dense.modules())

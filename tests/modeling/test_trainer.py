@@ -60,6 +60,9 @@ HEADS = [
     ("bert", "BertMoeForTokenClassification"),
     ("gpt2", "GPT2MoeLMHeadModel"),
     ("gpt2", "GPT2MoeForSequenceClassification"),
+    ("llama", "LlamaMoeForCausalLM"),
+    ("llama", "LlamaMoeForSequenceClassification"),
+    ("llama", "LlamaMoeForTokenClassification"),
 ]
 BALANCED = {"router_aux_loss_coef": 1.0, "router_z_loss_coef": 1.0}
 TASK_ONLY = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}

@@ -13,6 +13,7 @@ import torch
 
 import hf_moe.modeling
 from tests.conftest import FAMILIES, batch, tiny_moe
+from tests.families import TESTED
 
 LOAD = """
 import importlib.util, sys, torch, transformers
@@ -55,7 +56,7 @@ def test_loads_and_saves_itself_without_hf_moe(family, stranger, tmp_path):
     model.save_pretrained(tmp_path / "first")
     inputs = batch(family)
     expected = model(**inputs, output_router_logits=True).to_tuple()
-    auto = {"bert": "AutoModelForMaskedLM", "gpt2": "AutoModelForCausalLM"}[family]
+    auto = TESTED[family].lm
     outputs = tmp_path / "outputs.pt"
     torch.save(inputs, f"{outputs}.inputs")
 

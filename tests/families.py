@@ -1,0 +1,72 @@
+"""What the tests must know of a family beside its code: one row each, and the whole suite runs on it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import BertConfig, GPT2Config, LlamaConfig, PretrainedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestedFamily:
+    """Args:
+    tiny: keyword arguments -> a dense configuration with 3 layers, and widths that are multiples of 8.
+    lm: the Auto class of its language model, which most tests use.
+    attention: modules that LoRA is put on.
+    attention_weight: a weight of the attention, relative to a layer.
+    tokenizer: "wordpiece" or "bpe".
+    """
+
+    __test__ = False  # for pytest, which collects classes named Test…
+
+    tiny: Callable[..., PretrainedConfig]
+    lm: str
+    attention: tuple[str, ...]
+    attention_weight: str
+    tokenizer: str
+
+    @property
+    def is_decoder(self) -> bool:
+        return self.lm == "AutoModelForCausalLM"
+
+
+def encoder(config_class: type[PretrainedConfig], **fixed) -> Callable[..., PretrainedConfig]:
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    sizes |= {"vocab_size": 64, "max_position_embeddings": 64, **fixed}
+    return lambda **kwargs: config_class(**{**sizes, **kwargs})
+
+
+def decoder(config_class: type[PretrainedConfig], **fixed) -> Callable[..., PretrainedConfig]:
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    return encoder(config_class, vocab_size=300, **special, **fixed)
+
+
+TESTED: dict[str, TestedFamily] = {
+    "bert": TestedFamily(
+        tiny=encoder(BertConfig),
+        lm="AutoModelForMaskedLM",
+        attention=("query", "value"),
+        attention_weight="attention.self.value.weight",
+        tokenizer="wordpiece",
+    ),
+    "gpt2": TestedFamily(
+        tiny=decoder(GPT2Config, n_inner=64),
+        lm="AutoModelForCausalLM",
+        attention=("c_attn",),
+        attention_weight="attn.c_proj.weight",
+        tokenizer="bpe",
+    ),
+    "llama": TestedFamily(
+        tiny=decoder(LlamaConfig, num_key_value_heads=2),
+        lm="AutoModelForCausalLM",
+        attention=("q_proj", "v_proj"),
+        attention_weight="self_attn.o_proj.weight",
+        tokenizer="bpe",
+    ),
+}
+DECODERS = [name for name, family in TESTED.items() if family.is_decoder]
