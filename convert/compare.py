@@ -40,9 +40,8 @@ def make_batches(dense: Checkpoint, texts: list[str] | None = None, seed: int = 
     Returns:
         the batches, and what became of the texts, in words.
     """
-    longest = min(
-        MAX_TOKENS, dense.config.get("max_position_embeddings") or dense.config.get("n_positions") or MAX_TOKENS
-    )
+    positions = [dense.config.get(name) for name in ("max_position_embeddings", "n_positions")]
+    longest = min(MAX_TOKENS, *(length - 2 for length in positions if length))  # RoBERTa counts them from 2
     generator = torch.Generator().manual_seed(seed)
     random_ids = [
         torch.randint(0, dense.config["vocab_size"], (min(n, longest),), generator=generator).tolist()
@@ -124,7 +123,8 @@ def compare_outputs(dense: dict[str, torch.Tensor], moe: dict[str, torch.Tensor]
         "hidden_states": hidden,
     }
     logits = next((name for name in ("logits", "prediction_logits") if name in dense), None)
-    if logits is not None and dense[logits].shape[-1] > 1:
+    one_each = logits is not None and dense[logits].shape == batch.attention_mask.shape  # ELECTRA's discriminator
+    if logits is not None and dense[logits].shape[-1] > 1 and not one_each:
         result |= _likelihoods(dense[logits], moe[logits], batch)
     return result
 

@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers run side by side
 
 import pytest
 import torch
-from transformers import BertTokenizer, GPT2Tokenizer
+from transformers import BertTokenizer, GPT2Tokenizer, XLMRobertaTokenizer
 from transformers.utils import logging
 
 import hf_moe
@@ -72,6 +72,9 @@ def save_tokenizer(family: str, folder) -> None:
     if TESTED[family].tokenizer == "wordpiece":
         vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
         BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder)
+    elif TESTED[family].tokenizer == "unigram":
+        pieces = ["<s>", "<pad>", "</s>", "<unk>", *(f"▁{word}" for word in WORDS if "#" not in word), "<mask>"]
+        XLMRobertaTokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)]).save_pretrained(folder)
     else:
         letters = ["<s>", "</s>", "<pad>", *"abcdefghijklmnopqrstuvwxyzĠ.,"]
         GPT2Tokenizer(

@@ -4,7 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import BertConfig, GPT2Config, LlamaConfig, PretrainedConfig
+from transformers import (
+    BertConfig,
+    ElectraConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen3Config,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +24,7 @@ class TestedFamily:
     lm: the Auto class of its language model, which most tests use.
     attention: modules that LoRA is put on.
     attention_weight: a weight of the attention, relative to a layer.
-    tokenizer: "wordpiece" or "bpe".
+    tokenizer: "wordpiece", "unigram" or "bpe".
     """
 
     __test__ = False  # for pytest, which collects classes named Test…
@@ -63,6 +73,41 @@ TESTED: dict[str, TestedFamily] = {
     ),
     "llama": TestedFamily(
         tiny=decoder(LlamaConfig, num_key_value_heads=2),
+        lm="AutoModelForCausalLM",
+        attention=("q_proj", "v_proj"),
+        attention_weight="self_attn.o_proj.weight",
+        tokenizer="bpe",
+    ),
+    "electra": TestedFamily(
+        tiny=encoder(ElectraConfig, embedding_size=16),
+        lm="AutoModelForMaskedLM",
+        attention=("query", "value"),
+        attention_weight="attention.self.value.weight",
+        tokenizer="wordpiece",
+    ),
+    "roberta": TestedFamily(
+        tiny=encoder(RobertaConfig),
+        lm="AutoModelForMaskedLM",
+        attention=("query", "value"),
+        attention_weight="attention.self.value.weight",
+        tokenizer="wordpiece",
+    ),
+    "xlm-roberta": TestedFamily(
+        tiny=encoder(XLMRobertaConfig),
+        lm="AutoModelForMaskedLM",
+        attention=("query", "value"),
+        attention_weight="attention.self.value.weight",
+        tokenizer="unigram",
+    ),
+    "mistral": TestedFamily(
+        tiny=decoder(MistralConfig, num_key_value_heads=2),
+        lm="AutoModelForCausalLM",
+        attention=("q_proj", "v_proj"),
+        attention_weight="self_attn.o_proj.weight",
+        tokenizer="bpe",
+    ),
+    "qwen3": TestedFamily(
+        tiny=decoder(Qwen3Config, num_key_value_heads=2, head_dim=8),
         lm="AutoModelForCausalLM",
         attention=("q_proj", "v_proj"),
         attention_weight="self_attn.o_proj.weight",

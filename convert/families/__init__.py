@@ -1,10 +1,17 @@
 """The architectures that can be converted: dense `model_type` -> table."""
 
 from .bert import BERT
+from .electra import ELECTRA
 from .family import Family
 from .gpt2 import GPT2
 from .llama import LLAMA
+from .mistral import MISTRAL
+from .qwen3 import QWEN3
+from .roberta import ROBERTA
+from .xlm_roberta import XLM_ROBERTA
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (BERT, GPT2, LLAMA)}
+_ALL = (BERT, ELECTRA, GPT2, LLAMA, MISTRAL, QWEN3, ROBERTA, XLM_ROBERTA)
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
 __all__ = ["FAMILIES", "Family"]

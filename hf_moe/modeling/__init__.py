@@ -7,12 +7,28 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .configuration_bert_moe import BertMoeConfig
+from .configuration_electra_moe import ElectraMoeConfig
 from .configuration_gpt2_moe import GPT2MoeConfig
 from .configuration_llama_moe import LlamaMoeConfig
+from .configuration_mistral_moe import MistralMoeConfig
 from .configuration_moe import MoeConfigMixin
+from .configuration_qwen3_moe import Qwen3MoeConfig
+from .configuration_roberta_moe import RobertaMoeConfig
+from .configuration_xlm_roberta_moe import XLMRobertaMoeConfig
+
+_ALL = (
+    BertMoeConfig,
+    ElectraMoeConfig,
+    GPT2MoeConfig,
+    LlamaMoeConfig,
+    MistralMoeConfig,
+    Qwen3MoeConfig,
+    RobertaMoeConfig,
+    XLMRobertaMoeConfig,
+)
 
 # Dense `model_type` -> the mixture's configuration.
-CONFIGS: dict[str, type[MoeConfigMixin]] = {"bert": BertMoeConfig, "gpt2": GPT2MoeConfig, "llama": LlamaMoeConfig}
+CONFIGS: dict[str, type[MoeConfigMixin]] = {config.model_type.removesuffix("_moe"): config for config in _ALL}
 
 
 def modeling_module(config_class: type[MoeConfigMixin]) -> Any:

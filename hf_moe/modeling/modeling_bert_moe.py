@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from torch import nn
 from transformers.generation import GenerationMixin
 from transformers.models.bert.modeling_bert import (
     BertEncoder,
@@ -25,6 +24,7 @@ from .configuration_bert_moe import BertMoeConfig
 from .modeling_moe import (
     MoeBaseModelOutputWithPoolingAndCrossAttentions,
     MoeCausalLMOutputWithCrossAttentions,
+    MoeChunkLayerMixin,
     MoeMaskedLMOutput,
     MoeMultipleChoiceModelOutput,
     MoeNextSentencePredictorOutput,
@@ -37,7 +37,7 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import MoeBlock, TopKRouter
+from .moe_layers import TopKRouter
 
 
 @dataclass
@@ -45,22 +45,8 @@ class BertMoeForPreTrainingOutput(RouterOutput, BertForPreTrainingOutput):
     pass
 
 
-class BertMoeLayer(BertLayer):
-    """LayerNorm, dropout and residual stay in `output`, outside the mixture: BERT normalises after the sum."""
-
-    def __init__(self, config, layer_idx=None):
-        super().__init__(config, layer_idx=layer_idx)
-        self.is_moe = layer_idx in config.moe_layer_indices
-        if self.is_moe:
-            del self.intermediate
-            self.output.dense = nn.Identity()  # type: ignore[assignment]
-            self.mlp = MoeBlock(config, hidden_act=config.hidden_act)
-            self.chunk_size_feed_forward = 0  # one router call a layer, or logits and mask fall out of step
-
-    def feed_forward_chunk(self, attention_output):
-        if not self.is_moe:
-            return super().feed_forward_chunk(attention_output)
-        return self.output(self.mlp(attention_output), attention_output)
+class BertMoeLayer(MoeChunkLayerMixin, BertLayer):
+    pass
 
 
 class BertMoeEncoder(BertEncoder):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
@@ -111,8 +112,7 @@ def body_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
             )
         return _as_requested(self, output_class(**dict(outputs.items())), return_dict)
 
-    forward.__annotations__ = {**dense_forward.__annotations__, "return": tuple | output_class}  # wraps shares theirs
-    return forward
+    return _own(forward, dense_forward, output_class)
 
 
 def head_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Callable:
@@ -151,7 +151,14 @@ def head_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
             outputs["loss"] = self._total_loss(outputs, kwargs, num_items_in_batch)
         return _as_requested(self, output_class(**outputs), return_dict)
 
-    forward.__annotations__ = {**dense_forward.__annotations__, "return": tuple | output_class}  # wraps shares theirs
+    return _own(forward, dense_forward, output_class)
+
+
+def _own(forward: Callable, dense_forward: Callable, output_class: type[ModelOutput]) -> Callable:
+    """Gives a wrapper annotations of its own (`functools.wraps` shares the dense ones), and a code object of its own:
+    torch.compile counts recompilations by code object, and these would count for all models together."""
+    forward.__annotations__ = {**dense_forward.__annotations__, "return": tuple | output_class}
+    forward.__code__ = forward.__code__.replace(co_qualname=dense_forward.__qualname__)
     return forward
 
 
@@ -190,6 +197,31 @@ def _token_mask(attention_mask: Any, sequence_length: int, num_tokens: int) -> t
         return None
     rows = attention_mask.reshape(-1, attention_mask.shape[-1])[:, -sequence_length:]
     return rows.reshape(-1) != 0 if rows.numel() == num_tokens else None
+
+
+class MoeChunkLayerMixin:
+    """Mixed in before a layer of BERT's form (`intermediate`, then `output` with norm, dropout and residual).
+
+    LayerNorm, dropout and residual stay in `output`, outside the mixture: BERT normalises after the sum.
+    """
+
+    intermediate: Any
+    output: Any
+    mlp: Any
+
+    def __init__(self, config, layer_idx=None):
+        super().__init__(config, layer_idx=layer_idx)  # type: ignore[call-arg]
+        self.is_moe = layer_idx in config.moe_layer_indices
+        if self.is_moe:
+            del self.intermediate
+            self.output.dense = nn.Identity()
+            self.mlp = MoeBlock(config, hidden_act=config.hidden_act)
+            self.chunk_size_feed_forward = 0  # one router call a layer, or logits and mask fall out of step
+
+    def feed_forward_chunk(self, attention_output):
+        if not self.is_moe:
+            return super().feed_forward_chunk(attention_output)  # type: ignore[misc]
+        return self.output(self.mlp(attention_output), attention_output)
 
 
 if TYPE_CHECKING:
