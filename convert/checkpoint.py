@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from hf_moe.errors import SourceError
 
-from .headers import DTYPES, TensorInfo, read_header
+from .headers import DTYPES, TensorInfo, check_inside, read_header
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -46,6 +46,16 @@ SIDE_FILES = (
 )
 
 
+# What our own code reads of a config.json; the rest is Transformers' to check.
+CONFIG_TYPES = {
+    "model_type": str,
+    "architectures": list,
+    "num_experts": int,
+    "num_experts_per_tok": int,
+    "moe_layers": list,
+}
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint folder: its configuration and where each tensor lies. Nothing is loaded.
@@ -70,7 +80,10 @@ class Checkpoint:
 
     @property
     def side_files(self) -> list[Path]:
-        return sorted({file for pattern in SIDE_FILES for file in self.path.glob(pattern) if file.is_file()})
+        found = sorted({file for pattern in SIDE_FILES for file in self.path.glob(pattern) if file.is_file()})
+        for file in found:
+            check_inside(file, self.path)
+        return found
 
     @property
     def has_tokenizer(self) -> bool:
@@ -124,11 +137,14 @@ def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None)
 
 
 def _find(source: str | os.PathLike[str], revision: str | None) -> tuple[Path, str | None]:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path, None
-    if path.exists():
-        raise SourceError(f"{path}: is a file; name the folder that holds config.json and the weights.")
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return path, None
+        if path.exists():
+            raise SourceError(f"{path}: is a file; name the folder that holds config.json and the weights.")
+    except (OSError, RuntimeError) as error:  # a name too long, a home that is nobody's
+        raise SourceError(f"{source}: no such folder ({error}).") from error
     text = str(source)
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise SourceError(f"{text}: no such folder.")
@@ -159,6 +175,8 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_bytes(), object_pairs_hook=unique)
     except FileNotFoundError as error:
         raise SourceError(f"{file.parent}: has no {file.name}.") from error
+    except OSError as error:
+        raise SourceError(f"{file}: can't be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{file}: is no JSON ({error}).") from error
     if not isinstance(value, dict):
@@ -170,7 +188,18 @@ def read_config(path: Path) -> dict[str, Any]:
     """`config.json` of a folder; errors as in `read_json`."""
     if not any(path.iterdir()):
         raise SourceError(f"{path}: the folder is empty.")
-    return read_json(path / "config.json")
+    check_inside(path / "config.json", path)
+    config = read_json(path / "config.json")
+    for name, kind in CONFIG_TYPES.items():
+        if not isinstance(config.get(name), kind | None):
+            raise SourceError(f"{path}: config.json holds a {type(config[name]).__name__} as {name}.")
+    if any(not isinstance(name, str) for name in config.get("architectures") or []):
+        raise SourceError(f"{path}: config.json names no class in architectures.")
+    if config.get("transformers_weights"):
+        raise SourceError(f"{path}: config.json points to weights of another name (transformers_weights).")
+    if (path / "adapter_config.json").exists():
+        raise SourceError(f"{path}: holds a PEFT adapter; merge it into its base model first (merge_and_unload).")
+    return config
 
 
 def _read_tensors(path: Path) -> dict[str, TensorInfo]:
@@ -189,6 +218,7 @@ def _read_tensors(path: Path) -> dict[str, TensorInfo]:
 
 
 def _read_shards(path: Path, index_file: Path) -> dict[str, TensorInfo]:
+    check_inside(index_file, path)
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{index_file}: has no weight_map.")

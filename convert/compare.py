@@ -1,5 +1,6 @@
 """Two models on the same inputs: loading, running, and every way their outputs may differ."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +9,9 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from hf_moe.errors import SourceError
 
 from .checkpoint import Checkpoint
 from .families import Family
@@ -18,6 +21,12 @@ MAX_TOKENS = 128  # of one text
 RANDOM_LENGTHS = (64, 48, 17, 3)
 PROMPT_TOKENS = 3
 NEW_TOKENS = 64
+
+# Outputs with one row a sequence; all others have one a token, and padding is taken out of them.
+ROW_OUTPUTS = ("pooler_output", "seq_relationship_logits", "mc_logits")
+ROW_HEADS = ("ForSequenceClassification", "ForNextSentencePrediction", "ForMultipleChoice")
+
+INFINITE = sys.float_info.max  # a difference beyond measure; JSON has no infinity
 
 
 @dataclass(frozen=True)
@@ -34,30 +43,29 @@ def sample_texts() -> list[str]:
     return files("hf_moe.convert").joinpath("sample.txt").read_text(encoding="utf-8").splitlines()
 
 
-def make_batches(dense: Checkpoint, texts: list[str] | None = None, seed: int = 0) -> tuple[list[Batch], str]:
+def make_batches(
+    dense: Checkpoint, config: PretrainedConfig, texts: list[str] | None = None, seed: int = 0
+) -> tuple[list[Batch], str]:
     """Inputs to compare on: `texts` (default: `sample_texts`), if there is a tokenizer, and random ids.
 
     Returns:
         the batches, and what became of the texts, in words.
     """
-    positions = [dense.config.get(name) for name in ("max_position_embeddings", "n_positions")]
-    longest = min(MAX_TOKENS, *(length - 2 for length in positions if length))  # RoBERTa counts them from 2
+    positions = getattr(config, "max_position_embeddings", None) or MAX_TOKENS + 2
+    longest = max(1, min(MAX_TOKENS, positions - 2))  # RoBERTa counts positions from 2
     generator = torch.Generator().manual_seed(seed)
-    random_ids = [
-        torch.randint(0, dense.config["vocab_size"], (min(n, longest),), generator=generator).tolist()
-        for n in RANDOM_LENGTHS
-    ]
+    lengths = [min(length, longest) for length in RANDOM_LENGTHS]
+    random_ids = [torch.randint(0, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     batches = [_pad("random", random_ids)]
     if not dense.has_tokenizer:
         return batches, "none: the source has no tokenizer"
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(dense.path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        return batches, f"none: the source's tokenizer does not load ({type(error).__name__})"
-    texts = texts or sample_texts()
-    ids = [tokenizer(text, truncation=True, max_length=longest)["input_ids"] for text in texts]
-    ids = [row for row in ids if row and max(row) < dense.config["vocab_size"]]
+        ids = [tokenizer(text, truncation=True, max_length=longest)["input_ids"] for text in texts or sample_texts()]
+    except Exception as error:  # tokenizers raise it bare; the random ids will do
+        return batches, f"none: the source's tokenizer does not work ({type(error).__name__})"
+    ids = [row for row in ids if row and max(row) < config.vocab_size]
     if not ids:
         return batches, "none: the tokenizer's ids do not fit the model's vocabulary"
     return [_pad("text", ids), *batches], f"{len(ids)} texts, {sum(map(len, ids))} tokens"
@@ -71,9 +79,22 @@ def _pad(name: str, rows: list[list[int]]) -> Batch:
 
 
 def load_model(model_class: type[PreTrainedModel], checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
-    """The model of a local checkpoint in `dtype`, in evaluation mode."""
-    with quiet():
-        model = model_class.from_pretrained(checkpoint.path, dtype=getattr(torch, dtype), local_files_only=True)
+    """The model of a local checkpoint in `dtype`, in evaluation mode, with a generation configuration of defaults.
+
+    Raises:
+        SourceError: where Transformers can't load it.
+    """
+    try:
+        with quiet():
+            model = model_class.from_pretrained(
+                checkpoint.path,
+                dtype=getattr(torch, dtype),
+                local_files_only=True,
+                generation_config=GenerationConfig(),
+            )
+    except Exception as error:  # whatever a damaged checkpoint provokes
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise SourceError(f"{checkpoint.path}: does not load as {model_class.__name__}: {reason}") from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = 0  # some heads refuse a batch without one; the mask is what hides padding
     return model.eval()
@@ -81,14 +102,29 @@ def load_model(model_class: type[PreTrainedModel], checkpoint: Checkpoint, dtype
 
 @torch.no_grad()
 def run_model(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
-    """Named float outputs, hidden states as `hidden_states.N`, and the loss on labels made from the inputs."""
+    """Named float outputs in float64, hidden states as `hidden_states.N`: (tokens, …), padding left out, or
+    (rows, …) where there is one a sequence.
+
+    Raises:
+        SourceError: where the model does not run.
+    """
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    if type(model).__name__.endswith("ForMultipleChoice"):
-        inputs = {name: value.unsqueeze(1) for name, value in inputs.items()}
-    outputs = model(**inputs, output_hidden_states=True)
+    name = type(model).__name__
+    if name.endswith("ForMultipleChoice"):
+        inputs = {key: value.unsqueeze(1) for key, value in inputs.items()}
+    try:
+        outputs = model(**inputs, output_hidden_states=True, return_dict=True)
+    except Exception as error:  # built, but of sizes that do not work together
+        raise SourceError(f"{name} does not run: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     found = {f"hidden_states.{i}": state for i, state in enumerate(outputs.hidden_states)}
-    found |= {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
-    return {name: value.to(torch.float64) for name, value in found.items() if value.is_floating_point()}
+    found |= {key: value for key, value in outputs.items() if isinstance(value, torch.Tensor)}
+    rows = (*ROW_OUTPUTS, "logits") if name.endswith(ROW_HEADS) else ROW_OUTPUTS
+    kept = batch.attention_mask.bool()
+    return {
+        key: (value if key in rows else value[kept]).to(torch.float64)
+        for key, value in found.items()
+        if value.is_floating_point()
+    }
 
 
 @torch.no_grad()
@@ -96,60 +132,70 @@ def generate_greedily(model: PreTrainedModel, batch: Batch) -> list[list[int]]:
     """The first tokens of each row of `batch`, continued greedily by `NEW_TOKENS`, or to the model's last position."""
     prompts = batch.input_ids[:, :PROMPT_TOKENS]
     room = getattr(model.config, "max_position_embeddings", NEW_TOKENS + PROMPT_TOKENS) - PROMPT_TOKENS
-    generated = model.generate(  # type: ignore[operator]
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        generation_config=GenerationConfig(
-            max_new_tokens=min(NEW_TOKENS, room), do_sample=False, eos_token_id=None, pad_token_id=0
-        ),
+    if room < 1:
+        return []
+    settings = GenerationConfig(
+        max_new_tokens=min(NEW_TOKENS, room), do_sample=False, num_beams=1, eos_token_id=None, pad_token_id=0
     )
-    return generated[:, PROMPT_TOKENS:].tolist()
+    generated = model.generate(  # type: ignore[operator]
+        prompts, attention_mask=torch.ones_like(prompts), generation_config=settings
+    )
+    return generated[:, prompts.shape[1] :].tolist()
 
 
 def compare_outputs(dense: dict[str, torch.Tensor], moe: dict[str, torch.Tensor], batch: Batch) -> dict[str, Any]:
-    """Differences of each output where the input is no padding; `max_*` over the outputs, hidden states apart."""
-    outputs: dict[str, dict[str, float]] = {}
-    hidden: list[dict[str, float]] = []
-    for name, value in dense.items():
-        difference = difference_of(unpadded(value, batch), unpadded(moe[name], batch))
-        if name.startswith("hidden_states."):
-            hidden.append(difference)
-        else:
-            outputs[name] = difference
+    """Differences of what `run_model` gave; the `max_*` are over the outputs, hidden states apart."""
+    differences = {name: difference_of(value, moe[name]) for name, value in dense.items()}
+    outputs = {name: value for name, value in differences.items() if not name.startswith("hidden_states.")}
     result: dict[str, Any] = {
-        "max_abs": max(d["max_abs"] for d in outputs.values()),
-        "max_rel": max(d["max_rel"] for d in outputs.values()),
+        **{key: max(value[key] for value in outputs.values()) for key in next(iter(outputs.values()))},
         "outputs": outputs,
-        "hidden_states": hidden,
+        "hidden_states": [value for name, value in differences.items() if name not in outputs],
     }
     logits = next((name for name in ("logits", "prediction_logits") if name in dense), None)
-    one_each = logits is not None and dense[logits].shape == batch.attention_mask.shape  # ELECTRA's discriminator
-    if logits is not None and dense[logits].shape[-1] > 1 and not one_each:
+    if logits is not None and dense[logits].ndim > 1 and dense[logits].shape[-1] > 1:
         result |= _likelihoods(dense[logits], moe[logits], batch)
     return result
 
 
-def unpadded(value: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """What belongs to tokens, of a (B, S, …) tensor; any other is returned whole."""
-    if value.shape[:2] == batch.attention_mask.shape:
-        return value[batch.attention_mask.bool()]
-    return value
-
-
 def difference_of(dense: torch.Tensor, moe: torch.Tensor) -> dict[str, float]:
-    """Largest absolute difference, and the same relative to the largest dense value. NaN counts as infinite."""
-    gap = (dense - moe).abs().nan_to_num(nan=torch.inf).max().item() if dense.numel() else 0.0
-    scale = dense.abs().max().item() if dense.numel() else 1.0
-    return {"max_abs": gap, "max_rel": gap / scale if scale > 0 else gap}
+    """How far `moe` (N, …) is from `dense`.
+
+    Returns:
+        `max_abs`: the largest difference; `max_rel`: relative to the largest dense value; `max_rel_by_column`: each
+        column (last dimension) relative to its own largest value, or to the median of all where that is larger, so
+        that a huge value in one column can't hide the others. Values that are not finite must be the same.
+    """
+    one, other = (value.reshape(-1, value.shape[-1] if value.ndim > 1 else 1) for value in (dense, moe))
+    finite = one.isfinite()
+    if one.shape != other.shape or not torch.equal(one[~finite].nan_to_num(), other[~finite].nan_to_num()):
+        return dict.fromkeys(("max_abs", "max_rel", "max_rel_by_column"), INFINITE)
+    if not other[finite].isfinite().all():
+        return dict.fromkeys(("max_abs", "max_rel", "max_rel_by_column"), INFINITE)
+    if not finite.any():
+        return dict.fromkeys(("max_abs", "max_rel", "max_rel_by_column"), 0.0)
+    sizes = one.where(finite, 0.0).abs()
+    gaps = (one - other).where(finite, 0.0).abs()
+    sample = one[finite].abs()
+    median = sample[:: max(1, len(sample) // 100_000)].median()
+    columns = sizes.amax(0).clamp(min=max(median.item(), torch.finfo(torch.float64).tiny))
+    largest = sizes.max().item()
+    gap = gaps.max().item()
+    return {
+        "max_abs": gap,
+        "max_rel": gap / largest if largest > 0 else min(gap, INFINITE),
+        "max_rel_by_column": min((gaps.amax(0) / columns).max().item(), INFINITE),
+    }
 
 
 def _likelihoods(dense: torch.Tensor, moe: torch.Tensor, batch: Batch) -> dict[str, Any]:
-    """Mean KL(dense ‖ moe) in nats, and both losses: on the tokens themselves where the logits are over the
-    vocabulary of each token (shifted nowhere: any fixed labels will do), else on the dense model's own choice."""
-    log_p, log_q = (unpadded(logits, batch).log_softmax(-1).flatten(0, -2) for logits in (dense, moe))
+    """Mean KL(dense ‖ moe) in nats, and both losses: on the tokens themselves where there are logits over the
+    vocabulary for each (shifted nowhere: any fixed labels will do), else on the dense model's own choice."""
+    log_p, log_q = (logits.log_softmax(-1) for logits in (dense, moe))
     labels = log_p.argmax(-1)
-    if dense.shape[:2] == batch.input_ids.shape and dense.shape[-1] > int(batch.input_ids.max()):
-        labels = batch.input_ids[batch.attention_mask.bool()]
+    tokens = batch.input_ids[batch.attention_mask.bool()]
+    if log_p.shape[0] == len(tokens) and log_p.shape[-1] > int(tokens.max()):
+        labels = tokens
     losses = {name: functional.nll_loss(log, labels).item() for name, log in (("dense", log_p), ("moe", log_q))}
     kl = functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item()
     return {"kl": kl, "loss": {**losses, "difference": losses["moe"] - losses["dense"]}}

@@ -1,5 +1,6 @@
 """From a dense checkpoint to a mixture on disk: open, plan, write, certify, rename."""
 
+import difflib
 import json
 import os
 import shutil
@@ -11,11 +12,12 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel
 
-from hf_moe.errors import CertificateError
+from hf_moe.errors import CertificateError, UsageError
 from hf_moe.recipe import UpcycleRecipe
 
 from .certificate import certify, explain, write_certificate
 from .checkpoint import Checkpoint, open_checkpoint, read_json
+from .classes import find_family
 from .output import check_output, whole_folder
 from .plan import EXACT, Plan, plan_upcycle
 from .stream import write_weights
@@ -78,6 +80,7 @@ def run(recipe: UpcycleRecipe, output: Path, *, verify: bool, overwrite: bool, p
     checkpoint = open_checkpoint(recipe.base_model, recipe.revision)
     plan = plan_upcycle(checkpoint, recipe)
     plan.check()
+    output = output.expanduser()
     check_output(output, checkpoint.path, plan.nbytes, overwrite)
     certificate = None
     with whole_folder(output) as folder:
@@ -142,9 +145,18 @@ def from_dense(cls: type[PreTrainedModel], source: str | os.PathLike[str], **opt
     Raises:
         UsageError, SourceError, OutputError: as in `upcycle`.
     """
-    names = {field.name for field in fields(UpcycleRecipe)}
+    names = [field.name for field in fields(UpcycleRecipe)]
     recipe = {name: value for name, value in options.items() if name in names}
     loading = {name: value for name, value in options.items() if name not in names}
+    for name in loading:
+        if close := difflib.get_close_matches(name, names, n=1, cutoff=0.9):
+            raise UsageError(f"from_dense: unknown option {name!r}; did you mean {close[0]!r}?")
+    family = find_family(open_checkpoint(source, options.get("revision")))
+    wanted = cls.config_class.model_type if cls.config_class is not None else ""
+    if family.config_class.model_type != wanted:
+        raise UsageError(
+            f"{source}: is a {family.model_type}; {cls.__name__} is made from a {wanted[: -len('_moe')]}."
+        )
     with tempfile.TemporaryDirectory(prefix="hf_moe.") as folder:
         made = upcycle(source, Path(folder) / "moe", verify=False, **recipe)
         model = cls.from_pretrained(made.path, **loading)

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from hf_moe.errors import SourceError
+
 from .certificate import explain, read_certificate
 from .checkpoint import Checkpoint
 from .families import FAMILIES
@@ -28,18 +30,29 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     if model_type not in moe_types:
         described["convertible"] = model_type in FAMILIES
     else:
-        certificate = read_certificate(checkpoint.path)
+        certificate = _certificate(checkpoint)
         described |= {
             "num_experts": config.get("num_experts"),
             "num_experts_per_tok": config.get("num_experts_per_tok"),
             "moe_layers": config.get("moe_layers"),
             "upcycled_from": config.get("upcycled_from"),
-            "certificate": None
-            if certificate is None
-            else {"passed": certificate["passed"], "summary": explain(certificate)}
-            | {"weights_unchanged": certificate["moe"]["sha256"] == checkpoint.sha256},
+            "certificate": certificate,
         }
     return described
+
+
+def _certificate(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    certificate = read_certificate(checkpoint.path)
+    if certificate is None:
+        return None
+    try:
+        return {
+            "passed": certificate["passed"],
+            "summary": explain(certificate),
+            "weights_unchanged": certificate["moe"]["sha256"] == checkpoint.sha256,
+        }
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise SourceError(f"{checkpoint.path}: certificate.json is none of ours (no {error}).") from error
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
@@ -70,5 +83,5 @@ def _parameters(shapes: dict[str, tuple[int, ...]], top_k: int | None) -> dict[s
     for name, shape in shapes.items():
         size = math.prod(shape)
         total += size
-        active += size // shape[0] * top_k if ".experts." in name and top_k else size
+        active += size // shape[0] * top_k if ".experts." in name and top_k and size else size
     return {"parameters": total, "active_parameters": active}

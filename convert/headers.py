@@ -45,7 +45,7 @@ class TensorInfo:
 
 def read_header(file: Path, folder: Path) -> Iterator[tuple[str, TensorInfo]]:
     """Tensors of one safetensors file, after checking that header and file agree to the byte."""
-    _check_inside(file, folder)
+    check_inside(file, folder)
     size = file.stat().st_size
     with open(file, "rb") as handle:
         prefix = handle.read(8)
@@ -54,12 +54,16 @@ def read_header(file: Path, folder: Path) -> Iterator[tuple[str, TensorInfo]]:
             raise SourceError(f"{file}: is cut short or no safetensors file (header of {header_bytes} bytes).")
         raw = handle.read(header_bytes)
     try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
+        header = json.loads(raw, object_pairs_hook=_unique)
+        metadata = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ holds more than strings")
         entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         position = 0
         for name, entry in entries:
             start, end = entry["data_offsets"]
+            if any(type(number) is not int for number in (start, end, *entry["shape"])):
+                raise ValueError(f"{name!r} is described by more than whole numbers")
             if entry["dtype"] not in DTYPES:
                 raise SourceError(f"{file}: tensor {name!r} has dtype {entry['dtype']}, which is not read here.")
             info = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file, 8 + header_bytes + start)
@@ -67,7 +71,7 @@ def read_header(file: Path, folder: Path) -> Iterator[tuple[str, TensorInfo]]:
                 raise SourceError(f"{file}: the header's offsets of tensor {name!r} do not fit its shape.")
             position = end
             yield name, info
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"{file}: its safetensors header can't be read ({error}).") from error
     if 8 + header_bytes + position != size:
         held = size - 8 - header_bytes
@@ -76,7 +80,14 @@ def read_header(file: Path, folder: Path) -> Iterator[tuple[str, TensorInfo]]:
         )
 
 
-def _check_inside(file: Path, folder: Path) -> None:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a name stands twice")
+    return made
+
+
+def check_inside(file: Path, folder: Path) -> None:
     """A link may lead to the Hub cache's own blobs, and nowhere else out of the folder."""
     folder = folder.resolve()
     allowed = [folder] + ([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])

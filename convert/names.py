@@ -100,8 +100,8 @@ def tensors_of(
     with quiet(), torch.device("meta"):
         try:
             model = model_class(config)
-        except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError, OverflowError) as error:
-            reason = " ".join(str(error).split())
+        except Exception as error:  # a configuration can be wrong in every way
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
             raise SourceError(
                 f"config.json describes no {model_class.__name__} that can be built: {reason}"
             ) from error

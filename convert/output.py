@@ -16,14 +16,20 @@ def check_output(output: Path, source: Path, nbytes: int, overwrite: bool) -> No
     Raises:
         UsageError, OutputError: in one line.
     """
-    resolved, dense = output.resolve(), source.resolve()
+    try:
+        resolved, dense = output.resolve(), source.resolve()
+        taken = output.exists() or output.is_symlink()
+    except OSError as error:
+        raise UsageError(f"{output}: can't be a folder ({error.strerror}).") from error
     if resolved == dense or resolved.is_relative_to(dense) or dense.is_relative_to(resolved):
         raise UsageError(f"{output}: overlaps the source {source}; choose a folder outside it.")
-    if output.exists() or output.is_symlink():
+    if taken:
         if not overwrite:
             raise UsageError(f"{output}: exists already; --overwrite replaces it.")
         if output.is_symlink() or not output.is_dir():
             raise UsageError(f"{output}: is no folder, so it is not overwritten.")
+        if any(output.iterdir()) and not (output / "config.json").is_file():
+            raise UsageError(f"{output}: is neither empty nor a checkpoint, so it is not overwritten.")
     parent = _existing_parent(resolved)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{output}: can't be written, {parent} is read-only.")
@@ -43,11 +49,10 @@ def whole_folder(output: Path) -> Iterator[Path]:
     Raises:
         OutputError: where the file system refuses (read-only, no space left).
     """
-    output = output.absolute()
-    partial = None
+    output = output.resolve()
     try:
         made = _make_parents(output.parent)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+        partial = _sibling(output, ".partial")
         try:
             yield partial
             _sync(partial)
@@ -61,6 +66,10 @@ def whole_folder(output: Path) -> Iterator[Path]:
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         raise OutputError(f"{output}: can't be written ({error.strerror or error}{where}).") from error
+
+
+def _sibling(output: Path, suffix: str) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{output.name[:100]}.", suffix=suffix, dir=output.parent))
 
 
 def _make_parents(parent: Path) -> list[Path]:
@@ -94,12 +103,12 @@ def _replace(partial: Path, output: Path) -> None:
     """Renames `partial` to `output`; an old `output` steps aside first and is deleted last."""
     old = None
     if output.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
+        old = _sibling(output, ".old")
         output.rename(old)
     try:
         partial.rename(output)
-    except OSError:
-        if old is not None:
+    except BaseException:
+        if old is not None and not output.exists():
             old.rename(output)
         raise
     if old is not None:

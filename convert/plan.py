@@ -3,6 +3,7 @@
 Pure: it reads a checkpoint's configuration and headers, allocates no weights and writes nothing.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from .names import check_layer_count, match_names, tensors_of
 
 EXACT = "exact"
 NOT_PRESERVING = "not preserving"
+MAX_EXPERTS = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +142,15 @@ def _plan(checkpoint: Checkpoint, recipe: UpcycleRecipe) -> Plan:
 
 def _check_numbers(recipe: UpcycleRecipe) -> None:
     """What the mixture's configuration does not check itself."""
-    if recipe.noise_std < 0:
-        raise UsageError(f"noise_std is {recipe.noise_std}, but it can't be negative.")
-    if recipe.router_logit_std <= 0:
-        raise UsageError(f"router_logit_std is {recipe.router_logit_std}, but 0 would tie all experts.")
-    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]?B", recipe.max_shard_size, re.IGNORECASE):
+    if not 0 <= recipe.noise_std < math.inf:
+        raise UsageError(f"noise_std is {recipe.noise_std}, but it must be finite and can't be negative.")
+    if not 0 < recipe.router_logit_std < math.inf:
+        raise UsageError(
+            f"router_logit_std is {recipe.router_logit_std}; it must be finite, and 0 would tie all experts."
+        )
+    if recipe.num_experts > MAX_EXPERTS:
+        raise UsageError(f"num_experts is {recipe.num_experts}, but {MAX_EXPERTS} is the most.")
+    if not re.fullmatch(r"[1-9]\d{0,8}\s*[KMGT]B", recipe.max_shard_size, re.IGNORECASE):
         raise UsageError(f"max_shard_size is {recipe.max_shard_size!r}; write a size such as '5GB' or '500MB'.")
 
 

@@ -27,4 +27,5 @@ def calibrated_normal(
     bias_D = torch.zeros_like(weight_D) if norm_bias is None else norm_bias.to(torch.float32)
     rows_ED = torch.randn((num_experts, len(weight_D)), generator=generator)
     rows_ED -= (rows_ED @ bias_D)[:, None] * bias_D / bias_D.square().sum().clamp(min=1e-12)
-    return rows_ED * (logit_std / (rows_ED * weight_D).norm(dim=1, keepdim=True))
+    deviation_E1 = (rows_ED * weight_D).norm(dim=1, keepdim=True)
+    return rows_ED * (logit_std / deviation_E1.where(deviation_E1 > 0, 1.0))

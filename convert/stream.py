@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hf_moe.errors import SourceError
+from hf_moe.errors import SourceError, UsageError
 
 from .checkpoint import INDEX_NAME, Checkpoint
 from .experts import copy_expert
@@ -66,7 +66,10 @@ def _experts(tensor: TensorPlan, plan: Plan, checkpoint: Checkpoint) -> Iterator
         dense = dense.T.contiguous()
     generator = _generator(tensor, plan)
     for _ in range(tensor.shape[0]):
-        yield copy_expert(dense, plan.recipe.noise_std, generator)
+        expert = copy_expert(dense, plan.recipe.noise_std, generator)
+        if plan.recipe.noise_std > 0 and dense.isfinite().all() and not expert.isfinite().all():
+            raise UsageError(f"noise_std {plan.recipe.noise_std}: leads out of the numbers that {tensor.dtype} holds.")
+        yield expert
 
 
 def _router(tensor: TensorPlan, plan: Plan, checkpoint: Checkpoint) -> Iterator[torch.Tensor]:

@@ -6,11 +6,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from hf_moe.convert import Progress as Listener
 from hf_moe.convert.certificate import explain
 
-OUT = Console(soft_wrap=True, highlight=False)
+OUT = Console(soft_wrap=True, highlight=False, markup=False)
 ERR = Console(stderr=True)
 
 
@@ -22,7 +23,7 @@ def fields(values: dict[str, Any], as_json: bool) -> None:
     table = Table.grid("name", Column("value", overflow="fold"), padding=(0, 2))
     for name, value in values.items():
         if value not in (None, [], {}):
-            table.add_row(name.replace("_", " "), _text(name, value))
+            table.add_row(name.replace("_", " "), Text(_text(name, value)))
     OUT.print(table)
 
 
@@ -68,8 +69,8 @@ def certificate(values: dict[str, Any], as_json: bool) -> None:
 
 def verdict(values: dict[str, Any]) -> None:
     """The last line of a certificate."""
-    word = "[green]the same function[/]" if values["passed"] else "[red]not the same function[/]"
-    OUT.print(f"{word}: {explain(values)}")
+    word, style = ("the same function", "green") if values["passed"] else ("not the same function", "red")
+    OUT.print(Text.assemble((word, style), f": {explain(values)}"))
 
 
 class Bars(Listener):

@@ -1,5 +1,6 @@
 """The fields that every Mixture-of-Experts configuration shares, under the names the ecosystem already reads."""
 
+import math
 import shutil
 import sys
 from dataclasses import dataclass
@@ -85,8 +86,8 @@ class MoeConfigMixin(_Base):
         if not 0 <= self.router_jitter_noise < 1:
             raise ValueError(f"router_jitter_noise is {self.router_jitter_noise}, but it must lie in [0, 1).")
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, but a loss weight can't be negative.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; a loss weight is finite and can't be negative.")
         self._validate_moe_layers()
 
     def _validate_moe_layers(self):

@@ -35,10 +35,12 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .moe_layers import MoeBlock, MoeExperts, TopKRouter, load_balancing_loss, router_z_loss
+
+logger = logging.get_logger(__name__)
 
 
 def rebind(constructor: Callable, **classes: Any) -> Callable:
@@ -143,6 +145,11 @@ def head_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
 
         if router_state is not None:
             logits, mask = router_state.router_logits, router_state.token_mask
+            if self.training and self.is_gradient_checkpointing and not logits[0].requires_grad:
+                logger.warning_once(
+                    "The router's losses get no gradient: reentrant gradient checkpointing hides the router from "
+                    "them. Leave `use_reentrant` at False."
+                )
             outputs["aux_loss"] = load_balancing_loss(logits, self.config.num_experts_per_tok, mask)
             outputs["z_loss"] = router_z_loss(logits, mask)
             if output_router_logits:
@@ -191,9 +198,9 @@ def _as_requested(model, outputs: ModelOutput, return_dict: bool | None):
 def _token_mask(attention_mask: Any, sequence_length: int, num_tokens: int) -> torch.Tensor | None:
     """`attention_mask` as (T,) booleans: the last `sequence_length` columns (a cached mask is longer), flattened.
 
-    None where the mask says nothing about single tokens (a 4-D mask, say).
+    None where the mask says nothing about single tokens (a 4-D mask of additive values, say).
     """
-    if not isinstance(attention_mask, torch.Tensor):
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim > 3:
         return None
     rows = attention_mask.reshape(-1, attention_mask.shape[-1])[:, -sequence_length:]
     return rows.reshape(-1) != 0 if rows.numel() == num_tokens else None

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import signal
 import struct
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import hf_moe
 from hf_moe.cli import main
 
 WEIGHTS = "model.safetensors"
@@ -41,8 +44,7 @@ def edit_header(folder, change):
     size = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + size])
     change(header)
-    raw = json.dumps(header).encode()
-    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(raw)) + raw + data[8 + size :])
+    write_header(folder, json.dumps(header).encode())
 
 
 def first_shard(folder):
@@ -70,6 +72,40 @@ def link_outside(folder):
     outside = folder.parent / "outside.safetensors"
     shutil.move(folder / WEIGHTS, outside)
     (folder / WEIGHTS).symlink_to(outside)
+
+
+def link_out(file):
+    outside = file.parent.parent / "outside"
+    shutil.move(file, outside)
+    file.symlink_to(outside)
+
+
+def link_side_file(folder):
+    (folder.parent / "secret").write_text("secret")
+    (folder / "NOTICE").symlink_to(folder.parent / "secret")
+
+
+def config_folder(folder):
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+
+
+def write_header(folder, raw):
+    data = (folder / WEIGHTS).read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(raw)) + raw + data[8 + size :])
+
+
+def double_in_header(folder):
+    data = (folder / WEIGHTS).read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    again = json.dumps({LAYER: header[LAYER]})[1:]
+    write_header(folder, (json.dumps(header)[:-1] + ", " + again).encode())
+
+
+def nest_header(folder):
+    write_header(folder, b"[" * 200_000)
 
 
 def pickles_only(folder):
@@ -150,6 +186,25 @@ BROKEN = {
     "NaN": (lambda f: edit_weights(f, fill_in(float("nan"))), "holds NaN or Inf"),
     "Inf": (lambda f: edit_weights(f, fill_in(float("inf"))), "holds NaN or Inf"),
     "link out of the folder": (link_outside, "leads out of its folder"),
+    "side file that is a link out": (link_side_file, "leads out of its folder"),
+    "config that is a link out": (lambda f: link_out(f / "config.json"), "leads out of its folder"),
+    "weights under another name": (
+        lambda f: edit_config(f, transformers_weights="real.safetensors"),
+        "points to weights of another name",
+    ),
+    "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "holds a PEFT adapter"),
+    "model type that is a list": (lambda f: edit_config(f, model_type=["bert"]), "holds a list as model_type"),
+    "architectures of numbers": (lambda f: edit_config(f, architectures=[5]), "names no class"),
+    "config that is a folder": (config_folder, "can't be read"),
+    "negative number of heads": (lambda f: edit_config(f, num_attention_heads=-1), "does not run"),
+    "shape of floats": (lambda f: edit_header(f, lambda h: h[LAYER].update(shape=[32.0, 32.0])), "whole numbers"),
+    "offsets of booleans": (
+        lambda f: edit_header(f, lambda h: h[LAYER].update(data_offsets=[False, 1])),
+        "whole numbers",
+    ),
+    "metadata of numbers": (lambda f: edit_header(f, lambda h: h.update(__metadata__={"a": 5})), "more than strings"),
+    "tensor twice in a header": (double_in_header, "a name stands twice"),
+    "header nested without end": (nest_header, "can't be read"),
 }
 BROKEN_SHARDS = {
     "missing shard": (lambda f: first_shard(f).unlink(), "is missing, though the index names it"),
@@ -221,6 +276,11 @@ def test_broken_shards(case, dense_folder, tmp_path, monkeypatch, capsys):
         (["--layers", "some"], "write 'all', 'every-2', or indices"),
         (["--layers", "-1"], "write 'all', 'every-2', or indices"),
         (["--noise-std", -1], "can't be negative"),
+        (["--noise-std", "nan"], "must be finite"),
+        (["--noise-std", "1e300"], "leads out of the numbers"),
+        (["--router-logit-std", "inf"], "must be finite"),
+        (["--num-experts", 10**20], "is the most"),
+        (["--max-shard-size", "1B"], "write a size such as '5GB'"),
         (["--router-logit-std", 0], "would tie all experts"),
         (["--max-shard-size", "big"], "write a size such as '5GB'"),
     ],
@@ -322,6 +382,94 @@ def test_bad_recipe(text, words, tmp_path, monkeypatch, capsys):
     refused(monkeypatch, capsys, tmp_path, 2, words, "upcycle", recipe, tmp_path / "moe")
 
 
+def test_a_name_that_no_file_system_takes(good, tmp_path, monkeypatch, capsys):
+    name = "a" * 300
+    refused(monkeypatch, capsys, tmp_path, 2, "can't be a folder", "upcycle", good, tmp_path / name)
+    refused(monkeypatch, capsys, tmp_path, 1, "no such folder", "upcycle", f"./{name}", tmp_path / "moe")
+    refused(monkeypatch, capsys, tmp_path, 1, "no such folder", "upcycle", "~nosuchuser/x", tmp_path / "moe")
+
+
 def test_verify_refuses_what_is_no_pair(good, dense_folder, tmp_path, monkeypatch, capsys):
     refused(monkeypatch, capsys, tmp_path, 1, "has model_type 'bert'", "verify", good, good)
-    refused(monkeypatch, capsys, tmp_path, 1, "has model_type", "verify", dense_folder("gpt2"), good)
+    refused(monkeypatch, capsys, tmp_path, 1, "ixture", "verify", dense_folder("gpt2"), good)
+    hf_moe.upcycle(good, tmp_path / "moe", num_experts=4)
+    others = {
+        "another width": dense_folder("bert", hidden_size=16),
+        "another vocabulary": dense_folder("bert", vocab_size=72),
+        "fewer layers": dense_folder("bert", num_hidden_layers=2),
+        "another head": dense_folder("bert", "BertForTokenClassification"),
+    }
+    for other in others.values():
+        refused(monkeypatch, capsys, tmp_path, 1, "ixture", "verify", other, tmp_path / "moe")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_experts": 5},
+        {"num_experts_per_tok": 9},
+        {"hidden_size": 16},
+        {"moe_layers": [0]},
+        {"moe_layers": [7]},
+        {"hidden_act": "nope"},
+        {"architectures": ["Tea"]},
+        {"num_experts": "4"},
+    ],
+    ids=str,
+)
+def test_verify_refuses_a_mixture_whose_config_is_wrong(values, good, tmp_path, monkeypatch, capsys):
+    hf_moe.upcycle(good, tmp_path / "moe", num_experts=4)
+    edit_config(tmp_path / "moe", **values)
+    refused(monkeypatch, capsys, tmp_path, 1, str(tmp_path / "moe"), "verify", good, tmp_path / "moe")
+
+
+def test_a_foreign_certificate(good, tmp_path, monkeypatch, capsys):
+    hf_moe.upcycle(good, tmp_path / "moe", num_experts=4)
+    (tmp_path / "moe" / "certificate.json").write_text("{}")
+    refused(monkeypatch, capsys, tmp_path, 1, "certificate.json is none of ours", "inspect", tmp_path / "moe")
+
+
+def test_markup_in_a_path_is_a_path(good, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hf-moe", "upcycle", str(good), str(tmp_path / "[bold]" / "[/x]moe")])
+    main_exits_well()
+    assert "[bold]/[/x]moe" in capsys.readouterr().out.replace("\n", "").replace(" ", "")
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_nothing_behind(number, good, tmp_path):
+    """The process is told to write slowly, and is ended in the middle."""
+    script = (
+        "import sys, time, hf_moe.convert.stream as stream\n"
+        "from hf_moe.cli import main\n"
+        "def slow(*arguments):\n"
+        "    print('writing', flush=True)\n"
+        "    time.sleep(60)\n"
+        "stream.METHODS['router'] = slow\n"
+        f"sys.argv = ['hf-moe', 'upcycle', {str(good)!r}, {str(tmp_path / 'moe')!r}]\n"
+        "main()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"writing\n"
+    assert len(list(tmp_path.iterdir())) == 2
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert list(tmp_path.iterdir()) == [good]
+
+
+def test_an_interrupted_overwrite_keeps_the_old(good, tmp_path, monkeypatch):
+    old = hf_moe.upcycle(good, tmp_path / "moe", num_experts=4).path
+    before = snapshot(old)
+    rename = Path.rename
+
+    def interrupted(path, target):
+        if ".partial" in path.name:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hf_moe.upcycle(good, tmp_path / "moe", num_experts=5, overwrite=True)
+    assert snapshot(old) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe"]

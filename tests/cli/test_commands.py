@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import hf_moe
 from hf_moe.cli import main
+from hf_moe.errors import UsageError
 from tests.conftest import FAMILIES, batch
 
 
@@ -122,8 +123,11 @@ def test_overwrite_replaces_the_folder(dense_folder, hf_moe_command, tmp_path):
     moe = tmp_path / "moe"
     moe.mkdir()
     (moe / "old.txt").write_text("old")
+    for options in ([], ["--overwrite"]):  # only what looks like a checkpoint is ever replaced
+        assert hf_moe_command("upcycle", dense_folder("bert"), moe, "-q", *options)[0] == 2
+        assert [file.name for file in moe.iterdir()] == ["old.txt"]
+    (moe / "config.json").write_text("{}")
     assert hf_moe_command("upcycle", dense_folder("bert"), moe, "-q")[0] == 2
-    assert [file.name for file in moe.iterdir()] == ["old.txt"]
     assert hf_moe_command("upcycle", dense_folder("bert"), moe, "-q", "--overwrite")[0] == 0
     assert (moe / "model.safetensors").exists()
     assert not (moe / "old.txt").exists()
@@ -182,5 +186,7 @@ def test_the_same_in_python(dense_folder, tmp_path):
     assert with_head(**batch("bert")).logits.shape == (2, 3)
     assert with_head.dtype == torch.bfloat16
     assert with_head.config.num_experts == 4
-    with pytest.raises(TypeError, match="num_expert"):
+    with pytest.raises(UsageError, match="did you mean 'num_experts'"):
         hf_moe.BertMoeForMaskedLM.from_dense(dense_folder("bert"), num_expert=4)
+    with pytest.raises(UsageError, match="is a bert; GPT2MoeLMHeadModel is made from a gpt2"):
+        hf_moe.GPT2MoeLMHeadModel.from_dense(dense_folder("bert"))

@@ -9,6 +9,7 @@ from accelerate import infer_auto_device_map
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, StaticCache, pipeline
 
+from hf_moe.modeling.moe_layers import load_balancing_loss
 from tests.conftest import FAMILIES, batch, save_tokenizer, tiny_moe
 from tests.families import DECODERS, TESTED
 
@@ -67,6 +68,24 @@ def test_gradient_checkpointing_changes_no_gradient(family):
     expected = gradients(model, lm_inputs(family))
     model.gradient_checkpointing_enable()
     assert_same(gradients(model, lm_inputs(family)), expected)
+
+
+def test_reentrant_checkpointing_is_warned_of(caplog):
+    model = tiny_moe("bert").train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    transformers.utils.logging.get_logger("transformers").propagate = True
+    model(**lm_inputs("bert"))
+    assert "get no gradient" in caplog.text
+
+
+def test_an_additive_mask_is_not_taken_for_a_mask_of_tokens():
+    model, inputs = tiny_moe("bert", attn_implementation="eager"), batch("bert")
+    additive = (1 - inputs["attention_mask"][:, None, None].float()) * torch.finfo(torch.float32).min
+    by_bias = model(inputs["input_ids"], attention_mask=additive, output_router_logits=True)
+    kept = inputs["attention_mask"].bool()
+    torch.testing.assert_close(by_bias.logits[kept], model(**inputs).logits[kept], rtol=1e-4, atol=1e-5)
+    everything = load_balancing_loss(by_bias.router_logits, 2)
+    assert torch.equal(by_bias.aux_loss, everything)
 
 
 @every_family
@@ -293,7 +312,7 @@ def test_pipelines(family, tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     if not TESTED[family].is_decoder:
-        answers = pipeline("fill-mask", model=model, tokenizer=tokenizer)("the dog sat on the [MASK]")
+        answers = pipeline("fill-mask", model=model, tokenizer=tokenizer)(f"the dog sat on the {tokenizer.mask_token}")
         assert len(answers) == 5
         features = pipeline("feature-extraction", model=model.base_model, tokenizer=tokenizer)("the dog")
         assert len(features[0][0]) == 32
