@@ -145,11 +145,6 @@ def head_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
 
         if router_state is not None:
             logits, mask = router_state.router_logits, router_state.token_mask
-            if self.training and self.is_gradient_checkpointing and not logits[0].requires_grad:
-                logger.warning_once(
-                    "The router's losses get no gradient: reentrant gradient checkpointing hides the router from "
-                    "them. Leave `use_reentrant` at False."
-                )
             outputs["aux_loss"] = load_balancing_loss(logits, self.config.num_experts_per_tok, mask)
             outputs["z_loss"] = router_z_loss(logits, mask)
             if output_router_logits:
@@ -268,6 +263,17 @@ class MoePreTrainedModelMixin(_Base):
                     init.zeros_(parameter)
                 else:
                     init.normal_(parameter, mean=0.0, std=std)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs=None, every_n_layers: int = 1, offload: bool = False
+    ):
+        """As Transformers', with a warning where the router's losses would lose their gradient."""
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            logger.warning_once(
+                "The router's losses get no gradient: reentrant checkpointing hides the router from them. Leave "
+                "`use_reentrant` at False, which is the default."
+            )
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
     def post_init(self):
         built, wanted = sum(isinstance(m, MoeBlock) for m in self.modules()), len(self.config.moe_layer_indices)
