@@ -23,6 +23,7 @@ from .classes import body_name, find_classes, find_family
 from .families import Family
 from .headers import DTYPES
 from .names import check_layer_count, match_names, tensors_of
+from .quiet import quiet
 
 EXACT = "exact"
 NOT_PRESERVING = "not preserving"
@@ -178,7 +179,8 @@ def _made(
     config_class: type[PretrainedConfig], values: dict[str, Any], kind: type[HfMoeError], where: str
 ) -> PretrainedConfig:
     try:
-        return config_class.from_dict(values)
+        with quiet():
+            return config_class.from_dict(values)
     except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise kind(f"{where}: {reason}") from error
