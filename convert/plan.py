@@ -28,6 +28,7 @@ from .quiet import quiet
 EXACT = "exact"
 NOT_PRESERVING = "not preserving"
 MAX_EXPERTS = 65_536
+MAX_LABELS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +157,9 @@ def _check_numbers(recipe: UpcycleRecipe) -> None:
 
 
 def _dense_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    num_labels = checkpoint.config.get("num_labels")
+    if isinstance(num_labels, int | float) and not num_labels <= MAX_LABELS:  # Transformers names each of them
+        raise SourceError(f"{checkpoint.path}: config.json says {num_labels} labels, but {MAX_LABELS} is the most.")
     config_class = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]]
     return _made(config_class, checkpoint.config, SourceError, f"{checkpoint.path}: config.json is refused")
 

@@ -154,6 +154,7 @@ BROKEN = {
     "fewer layers": (lambda f: edit_config(f, num_hidden_layers=2), "says 2 layers, but the weights hold 3"),
     "absurdly many layers": (lambda f: edit_config(f, num_hidden_layers=10**10), "but the weights hold 3"),
     "absurd vocabulary": (lambda f: edit_config(f, vocab_size=10**10), "but config.json makes it"),
+    "absurdly many labels": (lambda f: edit_config(f, num_labels=10**12), "1000000 is the most"),
     "config with a wrong type": (lambda f: edit_config(f, hidden_size="wide"), "config.json is refused"),
     "truncated file": (lambda f: truncate(f / WEIGHTS), "cut short or damaged"),
     "truncated header": (lambda f: truncate(f / WEIGHTS, 50), "cut short or no safetensors file"),
