@@ -29,6 +29,9 @@ CERTIFICATE_NAME = "certificate.json"
 DIFFERENCES = ("max_abs", "max_rel", "max_rel_by_column")
 FORMAT = 1
 
+# What decides: in float64, with digits to spare, each column by its own size; in float32 all by the largest value.
+JUDGED = {"float32": "max_rel", "float64": "max_rel_by_column"}
+
 # Largest relative difference of the outputs that counts as the same function. In float32 both models are rounded,
 # so if the dense one's own rounding (its distance from itself in float64) is large, twice that is the limit.
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
@@ -73,19 +76,24 @@ def certify(
     tolerance = {**TOLERANCE, **(tolerance or {})}
 
     runs: dict[str, Any] = {}
-    outputs64 = None
+    batches: list[Batch] = []
     text_note = ""
+    exact: dict[str, Any] = {}
     for dtype in ("float64", "float32"):
         progress(f"comparing in {dtype}")
         dense_model = load_model(plan.dense_class, dense, dtype)
         moe_model = load_model(plan.moe_class, moe, dtype)
-        batches, text_note = make_batches(dense, dense_model.config, texts, seed)
+        if not batches:
+            batches, text_note = make_batches(dense, dense_model.config, texts, seed)
         dense_outputs = {batch.name: run_model(dense_model, batch) for batch in batches}
         moe_outputs = {batch.name: run_model(moe_model, batch) for batch in batches}
-        outputs64 = outputs64 or dense_outputs
-        rounding = max(compare_outputs(outputs64[b.name], dense_outputs[b.name], b)["max_rel"] for b in batches)
-        limit = tolerance[dtype] if dtype == "float64" else max(tolerance[dtype], 2 * rounding)
-        runs[dtype] = _verdict(dense_outputs, moe_outputs, batches, dtype, limit)
+        limit = tolerance[dtype]
+        if dtype == "float64":
+            exact = dense_outputs
+        else:
+            rounding = max(compare_outputs(exact[b.name], dense_outputs[b.name], b)["max_rel"] for b in batches)
+            limit = max(limit, 2 * rounding)
+        runs[dtype] = _verdict(dense_outputs, moe_outputs, batches, JUDGED[dtype], limit)
         if dtype == "float32":
             runs[dtype]["dense_rounding"] = rounding
             if plan.dense_class.can_generate():
@@ -93,7 +101,7 @@ def certify(
                 runs[dtype]["greedy"] = _same_text(dense_model, moe_model, batches)
         if not runs[dtype]["passed"]:
             progress("looking for the layer that differs")
-            runs[dtype]["bisect"] = bisect(dense_model, moe_model, plan.family, batches[0], limit)
+            runs[dtype]["bisect"] = bisect(dense_model, moe_model, plan.family, batches[0], limit, JUDGED[dtype])
 
     recorded = moe.config.get("upcycled_from")
     return _without_nan(
@@ -158,10 +166,12 @@ def explain(certificate: dict[str, Any]) -> str:
     if greedy := certificate["float32"].get("greedy"):
         same = f"{greedy['identical']} of {greedy['prompts']} prompts"
         line += f"; {greedy['new_tokens']} greedy tokens the same for {same}"
-    failed = next((certificate[d] for d in ("float64", "float32") if not certificate[d]["passed"]), None)
-    if failed is None:
+    dtype = next((dtype for dtype in ("float64", "float32") if not certificate[dtype]["passed"]), None)
+    if dtype is None:
         return line
-    return f"{line}; allowed {failed['tolerance']:.1e}; {failed['bisect']['summary']}"
+    failed = certificate[dtype]
+    measured = f"{failed[JUDGED[dtype]]:.1e} in {dtype}, where {failed['tolerance']:.1e} is allowed"
+    return f"{line}; {measured}; {failed['bisect']['summary']}"
 
 
 def _same_text(dense_model: PreTrainedModel, moe_model: PreTrainedModel, batches: list[Batch]) -> dict[str, Any]:
@@ -176,16 +186,16 @@ def _same_text(dense_model: PreTrainedModel, moe_model: PreTrainedModel, batches
     return {"prompts": len(pairs), "new_tokens": len(pairs[0][0]) if pairs else 0, "identical": same}
 
 
-def _verdict(dense, moe, batches: list[Batch], dtype: str, limit: float) -> dict[str, Any]:
-    """In float64, with digits to spare, every column is judged by its own size; in float32 all by the largest."""
+def _verdict(dense, moe, batches: list[Batch], judged: str, limit: float) -> dict[str, Any]:
     compared = {batch.name: compare_outputs(dense[batch.name], moe[batch.name], batch) for batch in batches}
     worst = {key: max(result[key] for result in compared.values()) for key in DIFFERENCES}
-    judged = worst["max_rel_by_column"] if dtype == "float64" else worst["max_rel"]
-    return {"passed": judged <= limit, "tolerance": limit, **worst, **compared}
+    return {"passed": worst[judged] <= limit, "tolerance": limit, **worst, **compared}
 
 
 @torch.no_grad()
-def bisect(dense: PreTrainedModel, moe: PreTrainedModel, family: Family, batch: Batch, limit: float) -> dict[str, Any]:
+def bisect(
+    dense: PreTrainedModel, moe: PreTrainedModel, family: Family, batch: Batch, limit: float, judged: str
+) -> dict[str, Any]:
     """Where the two part: each mixture layer alone, on the inputs its dense twin sees; and the hidden states' trail.
 
     Returns:
@@ -198,11 +208,11 @@ def bisect(dense: PreTrainedModel, moe: PreTrainedModel, family: Family, batch: 
     for index in range(dense.config.num_hidden_layers):
         name = f"hidden_states.{index + 1}"
         difference = difference_of(dense_states[name], moe_states[name])
-        entry: dict[str, Any] = {"layer": index, "hidden_state": difference["max_rel_by_column"]}
+        entry: dict[str, Any] = {"layer": index, "hidden_state": difference[judged]}
         if index in moe.config.moe_layer_indices:
             x, y = captured[index]
             block = moe.base_model.get_submodule(f"{family.layer.format(layer=index)}.mlp")
-            entry["feed_forward"] = difference_of(y.double(), block(x).double())["max_rel_by_column"]
+            entry["feed_forward"] = difference_of(y.double(), block(x).double())[judged]
         layers.append(entry)
     return {"summary": _summary(layers, limit), "layers": layers}
 

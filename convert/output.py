@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from hf_moe.errors import OutputError, UsageError
@@ -51,18 +51,17 @@ def whole_folder(output: Path) -> Iterator[Path]:
     """
     output = output.resolve()
     try:
-        made = _make_parents(output.parent)
-        partial = _sibling(output, ".partial")
-        try:
+        with ExitStack() as undo:
+            for folder in _missing_parents(output):
+                folder.mkdir()
+                undo.callback(folder.rmdir)
+            partial = _sibling(output, ".partial")
+            undo.callback(shutil.rmtree, partial, ignore_errors=True)
             yield partial
             _sync(partial)
             partial.chmod(0o777 & ~_umask())
             _replace(partial, output)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            for parent in made:
-                parent.rmdir()
-            raise
+            undo.pop_all()
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         raise OutputError(f"{output}: can't be written ({error.strerror or error}{where}).") from error
@@ -72,15 +71,9 @@ def _sibling(output: Path, suffix: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=f".{output.name[:100]}.", suffix=suffix, dir=output.parent))
 
 
-def _make_parents(parent: Path) -> list[Path]:
-    """Makes the missing folders; returns them, innermost first."""
-    missing = []
-    while not parent.exists():
-        missing.append(parent)
-        parent = parent.parent
-    for folder in reversed(missing):
-        folder.mkdir()
-    return missing
+def _missing_parents(path: Path) -> list[Path]:
+    """Outermost first."""
+    return [parent for parent in reversed(path.parents) if not parent.exists()]
 
 
 def _sync(folder: Path) -> None:

@@ -319,6 +319,7 @@ def test_read_only_output(good, tmp_path, monkeypatch, capsys):
             raise OSError(30, "Read-only file system")
 
         monkeypatch.setattr(tempfile, "mkdtemp", read_only)
+        refused(monkeypatch, capsys, tmp_path, 1, "can't be written", "upcycle", good, tmp_path / "new" / "moe")
     refused(monkeypatch, capsys, tmp_path, 1, "can't be written", "upcycle", good, output)
 
 
