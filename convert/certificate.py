@@ -211,7 +211,7 @@ def bisect(
         entry: dict[str, Any] = {"layer": index, "hidden_state": difference[judged]}
         if index in moe.config.moe_layer_indices:
             x, y = captured[index]
-            block = moe.base_model.get_submodule(f"{family.layer.format(layer=index)}.mlp")
+            block = moe.base_model.get_submodule(f"{family.layer.format(layer=index)}.{family.block}")
             entry["feed_forward"] = difference_of(y.double(), block(x).double())[judged]
         layers.append(entry)
     return {"summary": _summary(layers, limit), "layers": layers}

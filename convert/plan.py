@@ -221,7 +221,7 @@ def _layer_tensors(checkpoint, family: Family, prefix: str, num_experts: int, na
             transposed = family.transposed and kind == "weight"
             shapes = [info.shape[::-1] if transposed else info.shape for info in infos]
             expert = TensorPlan(
-                name=f"{prefix}.mlp.experts.{target}{suffix}",
+                name=f"{prefix}.{family.block}.experts.{target}{suffix}",
                 dtype=infos[0].dtype,
                 shape=(num_experts, sum(shape[0] for shape in shapes), *shapes[0][1:]),
                 method="experts",
@@ -234,7 +234,7 @@ def _layer_tensors(checkpoint, family: Family, prefix: str, num_experts: int, na
     norm = [names[name] for kind in ("weight", "bias") if (name := f"{prefix}.{family.norm}.{kind}") in names]
     plans[up].append(
         TensorPlan(
-            name=f"{prefix}.mlp.gate.weight",
+            name=f"{prefix}.{family.block}.gate.weight",
             dtype=plans[up][0].dtype,
             shape=(num_experts, plans[up][0].shape[-1]),
             method="router",

@@ -13,9 +13,12 @@ class Family:
         config_class: the mixture's configuration; its `model_type` is the dense one with `_moe` behind it.
         layer: name of a layer, with `{layer}` for its index.
         up: the projection into the inner width; its input is what the router reads.
-        gate: the projection into the gate, in gated networks.
+        gate: the projection into the gate, in gated networks; the same as `up` where one projection holds both, the
+            gate's rows first.
         down: the projection out of it.
         norm: the norm that makes the feed-forward network's input, by which the router's start is calibrated.
+        norm_offset: what the norm adds to its stored weight before it multiplies (1 in Gemma).
+        block: name that the mixture has in its layer.
         transposed: whether the projections store (in, out), as GPT-2's Conv1D does.
         renamed: endings of old checkpoints' tensor names -> today's.
         dropped: regular expressions of tensors that are not carried over -> why.
@@ -27,6 +30,8 @@ class Family:
     down: str
     norm: str
     gate: str | None = None
+    norm_offset: float = 0.0
+    block: str = "mlp"
     transposed: bool = False
     renamed: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
