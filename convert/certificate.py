@@ -23,6 +23,8 @@ from .compare import (
     run_model,
 )
 from .families import Family
+from .manifest import update_manifest
+from .plan import Plan
 from .weights import compare_weights, plan_of
 
 CERTIFICATE_NAME = "certificate.json"
@@ -41,6 +43,7 @@ def certify(
     dense: Checkpoint,
     moe: Checkpoint,
     *,
+    plan: Plan | None = None,
     texts: list[str] | None = None,
     tolerance: dict[str, float] | None = None,
     seed: int = 0,
@@ -54,6 +57,7 @@ def certify(
 
     Args:
         dense, moe: the checkpoints.
+        plan: by which `moe` was made of `dense`; default: the one that its configuration tells of.
         texts: what to run on beside random ids.
         tolerance: dtype -> largest relative difference that passes, instead of `TOLERANCE`; then differing weights
             are no failure by themselves.
@@ -66,13 +70,10 @@ def certify(
     Raises:
         SourceError: where `moe` is no mixture of `dense`, or one of them does not load.
     """
-    plan = plan_of(dense, moe)
+    plan = plan or plan_of(dense, moe)
     wants_copies = tolerance is None
-    assert plan.family is not None  # as in every plan without problems
-    assert plan.dense_class is not None
-    assert plan.moe_class is not None
     progress("comparing weights")
-    weights = compare_weights(plan, dense, moe)
+    weights = compare_weights(plan, moe)
     tolerance = {**TOLERANCE, **(tolerance or {})}
 
     runs: dict[str, Any] = {}
@@ -81,7 +82,7 @@ def certify(
     exact: dict[str, Any] = {}
     for dtype in ("float64", "float32"):
         progress(f"comparing in {dtype}")
-        dense_model = load_model(plan.dense_class, dense, dtype)
+        dense_model = load_model(plan.dense_class, dense, dtype, rounded_to=plan.recipe.dtype)
         moe_model = load_model(plan.moe_class, moe, dtype)
         if not batches:
             batches, text_note = make_batches(dense, dense_model.config, texts, seed)
@@ -144,7 +145,10 @@ def _without_nan(value: Any) -> Any:
 def write_certificate(certificate: dict[str, Any], folder: Path) -> Path:
     """Writes `certificate.json` into `folder`."""
     file = folder / CERTIFICATE_NAME
-    file.write_text(json.dumps(certificate, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    temporary = folder / f".{CERTIFICATE_NAME}"
+    temporary.write_text(json.dumps(certificate, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(file)
+    update_manifest(folder, file)
     return file
 
 

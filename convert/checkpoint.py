@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ class Checkpoint:
         revision: the commit, for a checkpoint from the Hub.
         config: `config.json` as it stands.
         tensors: name -> where it lies, in the order of the files.
+        digests: weights file -> sha256, where it is known already.
     """
 
     path: Path
@@ -73,6 +75,7 @@ class Checkpoint:
     revision: str | None
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    digests: dict[str, str] = field(default_factory=dict)
 
     @property
     def files(self) -> list[Path]:
@@ -92,7 +95,25 @@ class Checkpoint:
     @cached_property
     def sha256(self) -> dict[str, str]:
         """Digest of each weights file, as `sha256sum` prints it."""
-        return {file.name: file_sha256(file) for file in self.files}
+        return {file.name: self.digests.get(file.name) or file_sha256(file) for file in self.files}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What names this checkpoint without doubt."""
+        return {"source": self.source, "revision": self.revision, "sha256": self.sha256}
+
+    @cached_property
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        """Weights file -> size and time of change, when first asked."""
+        return self._stamps()
+
+    def _stamps(self) -> dict[str, tuple[int, int]]:
+        return {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in self.files}
+
+    def check_unchanged(self) -> None:
+        """Raises SourceError where a weights file is not what it was when `stamps` were first asked for."""
+        if self._stamps() != self.stamps:
+            raise SourceError(f"{self.path}: the weights changed while they were read.")
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, read from its file (not memory-mapped: a file cut short meanwhile must not kill us).
@@ -101,23 +122,27 @@ class Checkpoint:
             SourceError: where the file ends before the tensor does.
         """
         info = self.tensors[name]
-        if info.nbytes == 0:
-            return torch.empty(info.shape, dtype=DTYPES[info.dtype])
-        return torch.frombuffer(self.read_bytes(name), dtype=DTYPES[info.dtype]).view(info.shape)
+        [values] = self.read_pieces(name, max(info.nbytes, 1))
+        return values.view(info.shape)
 
-    def read_bytes(self, name: str) -> bytearray:
-        """The bytes of tensor `name`, little-endian and row-major; errors as in `read`."""
+    def read_pieces(self, name: str, piece_bytes: int) -> Iterator[torch.Tensor]:
+        """The tensor's values in order, flat, at most `piece_bytes` (but one value) at a time; errors as in `read`."""
         info = self.tensors[name]
-        data = bytearray(info.nbytes)
+        dtype = DTYPES[info.dtype]
+        step = max(1, piece_bytes // dtype.itemsize) * dtype.itemsize
         with open(info.file, "rb", buffering=0) as file:
             file.seek(info.start)
-            view, filled = memoryview(data), 0
-            while filled < info.nbytes:
-                count = file.readinto(view[filled:])
-                if not count:
-                    raise SourceError(f"{info.file}: ends inside tensor {name!r}; the file changed while it was read.")
-                filled += count
-        return data
+            for start in range(0, max(info.nbytes, 1), step):
+                values = torch.empty(min(step, info.nbytes - start) // dtype.itemsize, dtype=dtype)
+                view, filled = values.view(torch.uint8).numpy().data, 0
+                while filled < len(view):
+                    count = file.readinto(view[filled:])
+                    if not count:
+                        raise SourceError(
+                            f"{info.file}: ends inside tensor {name!r}; the file changed while it was read."
+                        )
+                    filled += count
+                yield values
 
 
 def file_sha256(file: Path) -> str:

@@ -78,8 +78,12 @@ def _pad(name: str, rows: list[list[int]]) -> Batch:
     return Batch(name, ids, mask)
 
 
-def load_model(model_class: type[PreTrainedModel], checkpoint: Checkpoint, dtype: str) -> PreTrainedModel:
+def load_model(
+    model_class: type[PreTrainedModel], checkpoint: Checkpoint, dtype: str, rounded_to: str | None = None
+) -> PreTrainedModel:
     """The model of a local checkpoint in `dtype`, in evaluation mode, with a generation configuration of defaults.
+
+    With `rounded_to` its weights are those that this narrower dtype holds.
 
     Raises:
         SourceError: where Transformers can't load it.
@@ -88,7 +92,7 @@ def load_model(model_class: type[PreTrainedModel], checkpoint: Checkpoint, dtype
         with quiet():
             model = model_class.from_pretrained(
                 checkpoint.path,
-                dtype=getattr(torch, dtype),
+                dtype=getattr(torch, rounded_to or dtype),
                 local_files_only=True,
                 generation_config=GenerationConfig(),
             )
@@ -97,7 +101,7 @@ def load_model(model_class: type[PreTrainedModel], checkpoint: Checkpoint, dtype
         raise SourceError(f"{checkpoint.path}: does not load as {model_class.__name__}: {reason}") from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = 0  # some heads refuse a batch without one; the mask is what hides padding
-    return model.eval()
+    return model.to(getattr(torch, dtype)).eval()
 
 
 @torch.no_grad()

@@ -1,11 +1,15 @@
 """From a dense checkpoint to a mixture on disk: open, plan, write, certify, rename."""
 
 import difflib
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,12 @@ from hf_moe.recipe import UpcycleRecipe
 from .certificate import certify, explain, write_certificate
 from .checkpoint import Checkpoint, open_checkpoint, read_json
 from .classes import find_family
+from .manifest import write_manifest
 from .output import check_output, whole_folder
-from .plan import EXACT, Plan, plan_upcycle
-from .stream import write_weights
+from .plan import Plan, TensorPlan, plan_upcycle
+from .scheme import EXACT
+from .stream import pieces
+from .writer import Pieces, file_bytes, split, write_weights
 
 RECIPE_NAME = "recipe.yaml"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -54,6 +61,7 @@ def upcycle(
     *,
     verify: bool = True,
     overwrite: bool = False,
+    manifest: bool = True,
     progress: Progress | None = None,
     **options: Any,
 ) -> Upcycled:
@@ -64,6 +72,7 @@ def upcycle(
         output: a folder that does not exist yet.
         verify: whether the result is held against `source` before it takes its place.
         overwrite: whether an existing `output` is replaced, once the new one is whole.
+        manifest: whether `manifest.json` is written; without it an interrupted run starts anew.
         progress: is told what happens.
         options: the fields of `UpcycleRecipe`: `num_experts`, `num_experts_per_tok`, `moe_layers`, …
 
@@ -72,50 +81,132 @@ def upcycle(
         CertificateError: where the result is not the function it should be; nothing is left behind.
     """
     recipe = UpcycleRecipe.from_dict({"base_model": str(source), **options}, where="upcycle")
-    return run(recipe, Path(output), verify=verify, overwrite=overwrite, progress=progress or Progress())
+    return run(
+        recipe, Path(output), verify=verify, overwrite=overwrite, progress=progress or Progress(), manifest=manifest
+    )
 
 
-def run(recipe: UpcycleRecipe, output: Path, *, verify: bool, overwrite: bool, progress: Progress) -> Upcycled:
+def run(
+    recipe: UpcycleRecipe, output: Path, *, verify: bool, overwrite: bool, progress: Progress, manifest: bool = True
+) -> Upcycled:
     """Carries out `recipe`; arguments and errors as in `upcycle`."""
     checkpoint = open_checkpoint(recipe.base_model, recipe.revision)
     plan = plan_upcycle(checkpoint, recipe)
     plan.check()
-    output = output.expanduser()
-    check_output(output, checkpoint.path, plan.nbytes, overwrite)
-    certificate = None
-    with whole_folder(output) as folder:
-        progress.stage("writing")
-        progress.total(plan.nbytes)
-        write_weights(plan, checkpoint, folder, progress.wrote)
+
+    def finish(folder: Path) -> None:
         _write_beside(plan, checkpoint, folder)
-        if verify:
-            certificate = certify(checkpoint, open_checkpoint(folder), progress=progress.stage)
-            if plan.exactness == EXACT and not certificate["passed"]:
-                raise CertificateError(
-                    f"{recipe.base_model}: the mixture is not the dense function: {explain(certificate)}"
-                )
-            write_certificate(certificate, folder)
+
+    def certified(folder: Path, digests: dict[str, str]) -> dict[str, Any]:
+        made = replace(open_checkpoint(folder), digests=digests)
+        certificate = certify(checkpoint, made, plan=plan, progress=progress.stage)
+        if plan.exactness.kind == EXACT and not certificate["passed"]:
+            raise CertificateError(
+                f"{recipe.base_model}: the mixture is not the dense function: {explain(certificate)}"
+            )
+        return certificate
+
+    certificate = write_checkpoint(
+        output,
+        tensors=plan.tensors,
+        pieces=lambda tensor: pieces(tensor, plan),
+        sources=[checkpoint],
+        recipe=recipe,
+        finish=finish,
+        certified=certified if verify else None,
+        overwrite=overwrite,
+        progress=progress,
+        manifest=manifest,
+    )
     return Upcycled(output, plan, certificate)
+
+
+def write_checkpoint(
+    output: Path,
+    *,
+    tensors: Sequence[TensorPlan],
+    pieces: Pieces,
+    sources: list[Checkpoint],
+    recipe: UpcycleRecipe,
+    finish: Callable[[Path], None],
+    certified: Callable[[Path, dict[str, str]], dict[str, Any]] | None,
+    overwrite: bool,
+    progress: Progress,
+    manifest: bool = True,
+) -> dict[str, Any] | None:
+    """Writes a checkpoint that becomes `output` when it is whole; what an interrupted run has written is taken over.
+
+    Args:
+        tensors, pieces: what is written, and what makes the values of each.
+        sources: the checkpoints that `pieces` reads.
+        recipe: what it follows; with `sources` and versions it decides what an earlier run's work is worth.
+        finish: writes what stands beside the weights into the folder.
+        certified: measures the folder (given the digests of its files), and raises where it is not what it should be.
+        overwrite, progress: as in `upcycle`.
+        manifest: whether files are digested; without it nothing can be resumed.
+
+    Returns:
+        the certificate, if there is one. Errors as in `upcycle`.
+    """
+    output = output.expanduser()
+    shards = split(tensors, recipe.max_shard_size)
+    nbytes = sum(file_bytes(held) for held in shards.values())
+    check_output(output, [source.path for source in sources], nbytes, overwrite)
+    with whole_folder(output, _fingerprint(shards, sources, recipe), overwrite) as (folder, journal):
+        progress.stage("writing")
+        progress.total(nbytes)
+        with ThreadPoolExecutor(1) as background:
+            digests_of_sources = [background.submit(getattr, source, "sha256") for source in sources]
+            digests = write_weights(
+                shards,
+                pieces,
+                folder,
+                marks=journal.marks,
+                mark=journal.mark if manifest else None,
+                progress=progress.wrote,
+            )
+            for future in digests_of_sources:
+                future.result()
+        finish(folder)
+        certificate = None
+        if certified is not None:
+            certificate = certified(folder, digests)
+            write_certificate(certificate, folder)
+        for source in sources:
+            source.check_unchanged()
+        if manifest:
+            write_manifest(folder, [source.identity for source in sources], digests)
+    return certificate
+
+
+def _fingerprint(shards: dict[str, list[TensorPlan]], sources: list[Checkpoint], recipe: UpcycleRecipe) -> str:
+    """Of everything that decides which bytes are written."""
+    values = {
+        "shards": {file: [asdict(tensor) for tensor in tensors] for file, tensors in shards.items()},
+        "sources": [[source.source, source.stamps] for source in sources],
+        "recipe": asdict(recipe),
+        "versions": {name: metadata.version(name) for name in ("hf_moe", "torch", "transformers")},
+    }
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _write_beside(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
     """Configuration, code, recipe, and what comes along from the source."""
-    assert plan.config is not None  # as in every plan without problems
-    assert plan.family is not None
-    plan.config.upcycled_from = {
-        "source": checkpoint.source,
-        "revision": checkpoint.revision,
-        "sha256": checkpoint.sha256,
-    }
-    plan.config.to_json_file(folder / "config.json")
-    plan.config.save_code(folder)
     # the source's name, not its path: the folder may be published, and its digest is in config.json
     recipe = replace(plan.recipe, base_model=checkpoint.source, revision=checkpoint.revision)
+    plan.config.upcycled_from = {**checkpoint.identity, "recipe": recipe.changed()}
+    plan.config.to_json_file(folder / "config.json")
+    plan.config.save_code(folder)
     (folder / RECIPE_NAME).write_text(recipe.to_yaml(), encoding="utf-8")
+    copy_side_files(checkpoint, plan.family.model_type, folder)
+
+
+def copy_side_files(checkpoint: Checkpoint, model_type: str, folder: Path) -> None:
+    """Tokenizer, generation configuration, licence, as the source has them."""
     for file in checkpoint.side_files:
         shutil.copyfile(file, folder / file.name)
     if checkpoint.has_tokenizer:
-        _name_tokenizer(plan.family.model_type, folder)
+        _name_tokenizer(model_type, folder)
 
 
 def _name_tokenizer(model_type: str, folder: Path) -> None:
@@ -158,7 +249,7 @@ def from_dense(cls: type[PreTrainedModel], source: str | os.PathLike[str], **opt
             f"{source}: is a {family.model_type}; {cls.__name__} is made from a {wanted[: -len('_moe')]}."
         )
     with tempfile.TemporaryDirectory(prefix="hf_moe.") as folder:
-        made = upcycle(source, Path(folder) / "moe", verify=False, **recipe)
+        made = upcycle(source, Path(folder) / "moe", verify=False, manifest=False, **recipe)
         model = cls.from_pretrained(made.path, **loading)
     model.config._name_or_path = model.name_or_path = str(source)
     return model

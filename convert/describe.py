@@ -9,6 +9,7 @@ from .certificate import explain, read_certificate
 from .checkpoint import Checkpoint
 from .families import FAMILIES
 from .plan import Plan
+from .writer import split
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def _certificate(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
     """What a conversion would write, and whether it preserves the function; only `problems` where it can't be done."""
-    if plan.problems or plan.config is None or plan.dense_class is None or plan.moe_class is None:
+    if plan.problems:
         return {"problems": [str(problem) for problem in plan.problems]}
     shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
     return {
@@ -67,10 +68,11 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "num_experts": plan.config.num_experts,
         "num_experts_per_tok": plan.config.num_experts_per_tok,
         "moe_layers": plan.config.moe_layers,
-        "exactness": plan.exactness,
+        "exactness": str(plan.exactness),
+        "expected_error": plan.exactness.expected_error,
         **_parameters(shapes, plan.config.num_experts_per_tok),
         "bytes": plan.nbytes,
-        "files": len(plan.shards),
+        "files": len(split(plan.tensors, plan.recipe.max_shard_size)),
         "dropped": plan.dropped,
         "notes": list(plan.notes),
         "problems": [],

@@ -1,108 +1,190 @@
-"""The output folder: checked before anything is written, filled under another name, renamed when it is whole."""
+"""The output folder: checked before anything is written, filled under another name, renamed when it is whole.
 
+Beside `NAME` stands `NAME.partial` while it is made: a lock, the journal, and in `files` what becomes `NAME`. Whatever
+kills the process, `NAME` is what it was, or the new one whole; the next run goes on from the journal.
+"""
+
+import ctypes
+import errno
+import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from hf_moe.errors import OutputError, UsageError
 
+from .journal import JOURNAL_NAME, Journal
 
-def check_output(output: Path, source: Path, nbytes: int, overwrite: bool) -> None:
-    """Refuses an output that exists, overlaps the source, or can't hold `nbytes`.
+SLACK = 16 * 2**20  # for configuration, code, tokenizer
+RENAME_EXCHANGE = 2
+AT_FDCWD = -100
+
+
+def check_output(output: Path, sources: list[Path], nbytes: int, overwrite: bool) -> None:
+    """Refuses an output that exists, overlaps a source, or can't hold `nbytes`.
 
     Raises:
         UsageError, OutputError: in one line.
     """
     try:
-        resolved, dense = output.resolve(), source.resolve()
-        taken = output.exists() or output.is_symlink()
+        resolved = output.resolve()
+        _check_taken(output, overwrite)
     except OSError as error:
         raise UsageError(f"{output}: can't be a folder ({error.strerror}).") from error
-    if resolved == dense or resolved.is_relative_to(dense) or dense.is_relative_to(resolved):
-        raise UsageError(f"{output}: overlaps the source {source}; choose a folder outside it.")
-    if taken:
-        if not overwrite:
-            raise UsageError(f"{output}: exists already; --overwrite replaces it.")
-        if output.is_symlink() or not output.is_dir():
-            raise UsageError(f"{output}: is no folder, so it is not overwritten.")
-        if any(output.iterdir()) and not (output / "config.json").is_file():
-            raise UsageError(f"{output}: is neither empty nor a checkpoint, so it is not overwritten.")
-    parent = _existing_parent(resolved)
+    for source in sources:
+        dense = source.resolve()
+        if resolved == dense or resolved.is_relative_to(dense) or dense.is_relative_to(resolved):
+            raise UsageError(f"{output}: overlaps the source {source}; choose a folder outside it.")
+    parent = next(parent for parent in resolved.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{output}: can't be written, {parent} is read-only.")
-    free = shutil.disk_usage(parent).free
-    if free < nbytes:
-        raise OutputError(f"{output}: needs {nbytes:,} bytes, but {parent} has {free:,} free.")
+    free = shutil.disk_usage(parent).free + _held(partial_of(resolved))
+    if free < nbytes + SLACK:
+        raise OutputError(f"{output}: needs {nbytes + SLACK:,} bytes, but {parent} has {free:,} free.")
 
 
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in path.parents if parent.exists())
+def _check_taken(output: Path, overwrite: bool) -> None:
+    if not output.exists() and not output.is_symlink():
+        return
+    if not overwrite:
+        raise UsageError(f"{output}: exists already; --overwrite replaces it.")
+    if output.is_symlink() or not output.is_dir():
+        raise UsageError(f"{output}: is no folder, so it is not overwritten.")
+    if any(output.iterdir()) and not (output / "config.json").is_file():
+        raise UsageError(f"{output}: is neither empty nor a checkpoint, so it is not overwritten.")
+
+
+def _held(partial: Path) -> int:
+    """Bytes that an interrupted run has written already."""
+    try:
+        return sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    except OSError:
+        return 0
+
+
+def partial_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
 
 
 @contextmanager
-def whole_folder(output: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `output` in one rename when the block ends well, and vanishes when it doesn't.
+def whole_folder(output: Path, fingerprint: str, overwrite: bool) -> Iterator[tuple[Path, Journal]]:
+    """A folder to fill, and the journal of what it holds. It becomes `output` in one rename when the block ends well.
+
+    When it ends in an error, everything is taken away. When it is interrupted (a signal, a kill), what the journal
+    knows of is left for the next run with the same `fingerprint`.
 
     Raises:
-        OutputError: where the file system refuses (read-only, no space left).
+        OutputError: where the file system refuses (read-only, no space left), or another run writes `output`.
     """
     output = output.resolve()
+    partial = partial_of(output)
     try:
         with ExitStack() as undo:
-            for folder in _missing_parents(output):
+            for folder in [parent for parent in reversed(output.parents) if not parent.exists()]:
                 folder.mkdir()
                 undo.callback(folder.rmdir)
-            partial = _sibling(output, ".partial")
-            undo.callback(shutil.rmtree, partial, ignore_errors=True)
-            yield partial
-            _sync(partial)
-            partial.chmod(0o777 & ~_umask())
-            _replace(partial, output)
-            undo.pop_all()
+            with _locked(partial, output):
+                _check_ours(partial)
+                _restore(partial, output)
+                _check_taken(output, overwrite)
+                journal = Journal(partial / JOURNAL_NAME, fingerprint)
+                files = partial / "files"
+                try:
+                    _clear(files, set(journal.marks))
+                    yield files, journal
+                    _sync(files)
+                    _replace(files, output, partial)
+                except BaseException as error:
+                    if isinstance(error, Exception) or not journal.marks:
+                        shutil.rmtree(partial, ignore_errors=True)
+                    else:
+                        undo.pop_all()
+                    raise
+                undo.pop_all()
+                shutil.rmtree(partial)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         raise OutputError(f"{output}: can't be written ({error.strerror or error}{where}).") from error
 
 
-def _sibling(output: Path, suffix: str) -> Path:
-    return Path(tempfile.mkdtemp(prefix=f".{output.name[:100]}.", suffix=suffix, dir=output.parent))
+@contextmanager
+def _locked(partial: Path, output: Path) -> Iterator[None]:
+    """Makes `partial` and holds its lock, which a killed process lets go by itself."""
+    while True:
+        partial.mkdir(exist_ok=True)
+        try:
+            handle = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # its owner has just finished
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if partial.exists() and os.path.samestat(os.fstat(handle), partial.stat()):
+                yield
+                return
+        except BlockingIOError as error:
+            raise OutputError(f"{output}: is being written by another run.") from error
+        finally:
+            os.close(handle)
 
 
-def _missing_parents(path: Path) -> list[Path]:
-    """Outermost first."""
-    return [parent for parent in reversed(path.parents) if not parent.exists()]
+def _check_ours(partial: Path) -> None:
+    if any(partial.iterdir()) and not (partial / JOURNAL_NAME).is_file():
+        raise UsageError(f"{partial}: is in the way, and was not left by an interrupted run; move it.")
+
+
+def _restore(partial: Path, output: Path) -> None:
+    """Brings back the old `output` that a kill between two renames left aside."""
+    old = partial / "old"
+    if old.exists() and not output.exists():
+        old.rename(output)
+    elif old.exists():
+        shutil.rmtree(old)
+
+
+def _clear(files: Path, known: set[str]) -> None:
+    """Leaves of an earlier run only what the journal knows."""
+    files.mkdir(exist_ok=True)
+    for path in files.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in known:
+            path.unlink()
 
 
 def _sync(folder: Path) -> None:
     """Everything on disk before the rename says that it is."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_one(path)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _replace(partial: Path, output: Path) -> None:
-    """Renames `partial` to `output`; an old `output` steps aside first and is deleted last."""
-    old = None
-    if output.exists():
-        old = _sibling(output, ".old")
-        output.rename(old)
+def _sync_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
-        partial.rename(output)
-    except BaseException:
-        if old is not None and not output.exists():
-            old.rename(output)
-        raise
-    if old is not None:
-        shutil.rmtree(old)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace(files: Path, output: Path, partial: Path) -> None:
+    """`files` becomes `output`, and an old `output` part of `partial`, in one step where the system has one."""
+    if not output.exists():
+        files.rename(output)
+    elif not _exchange(files, output):
+        output.rename(partial / "old")
+        files.rename(output)
+    _sync_one(output.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two names atomically; False where the system can't."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))

@@ -3,15 +3,16 @@
 Pure: it reads a checkpoint's configuration and headers, allocates no weights and writes nothing.
 """
 
+import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import split_state_dict_into_shards_factory
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -21,25 +22,29 @@ from hf_moe.recipe import UpcycleRecipe, parse_layers
 from .checkpoint import Checkpoint
 from .classes import body_name, find_classes, find_family
 from .families import Family
-from .headers import DTYPES
+from .forms import Form, our_form
+from .headers import DTYPES, SAFETENSORS_NAMES
 from .names import check_layer_count, match_names, tensors_of
+from .network import KINDS, Network, Source, find_network
 from .quiet import quiet
+from .scheme import Exactness, Scheme, scheme_of
 
-EXACT = "exact"
-NOT_PRESERVING = "not preserving"
 MAX_EXPERTS = 65_536
 MAX_LABELS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorPlan:
-    """One tensor of the mixture.
+    """One tensor that will be written.
 
     Args:
         name, dtype, shape: as they will stand in the file (`dtype` in safetensors' words).
-        method: "copy", "experts" or "router": a key of `stream.METHODS`.
-        sources: names of the source tensors it is made from; of "experts", stacked by rows (gate, then up).
-        transposed: whether the source stores (in, out) where the target stores (out, in).
+        method: how it is made: a key of `stream.METHODS`.
+        sources: the dense class's names of the tensors it is made from.
+        layer: of a mixture's tensors, the layer; of others -1.
+        kind: "weight" or "bias".
+        roles: whose rows it holds, in order, of "gate", "up" and "down".
+        experts: the experts in it, in order.
     """
 
     name: str
@@ -47,11 +52,14 @@ class TensorPlan:
     shape: tuple[int, ...]
     method: str
     sources: tuple[str, ...]
-    transposed: bool = False
+    layer: int = -1
+    kind: str = "weight"
+    roles: tuple[str, ...] = ()
+    experts: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,42 +69,42 @@ class Plan:
     Args:
         recipe: what was asked for.
         family: the dense architecture's table.
+        source: the dense checkpoint, its tensors by the dense class's names.
+        form: how the mixtures' tensors are named.
         config: the mixture's configuration.
         dense_class, moe_class: the model classes before and after.
+        networks: layer -> the feed-forward network that becomes a mixture.
+        schemes: layer -> how it does, in numbers.
+        features: layer -> (F, N) what neurons are clustered by, where they are measured on text.
+        deals: layer -> how its neurons are dealt, filled in while writing.
         tensors: everything that will be written, in order.
         dropped: source tensors that are not carried over -> why.
-        exactness: `EXACT` or `NOT_PRESERVING`.
+        exactness: whether the start is the dense function.
         notes: what a user should know before training the result.
         problems: why it can't be done, each in a sentence.
     """
 
     recipe: UpcycleRecipe
-    family: Family | None = None
-    config: PretrainedConfig | None = None
-    dense_class: type[PreTrainedModel] | None = None
-    moe_class: type[PreTrainedModel] | None = None
+    # these six stand in every plan without problems
+    family: Family = None  # type: ignore[assignment]
+    source: Source = None  # type: ignore[assignment]
+    form: Form = None  # type: ignore[assignment]
+    config: PretrainedConfig = None  # type: ignore[assignment]
+    dense_class: type[PreTrainedModel] = None  # type: ignore[assignment]
+    moe_class: type[PreTrainedModel] = None  # type: ignore[assignment]
+    networks: dict[int, Network] = field(default_factory=dict)
+    schemes: dict[int, Scheme] = field(default_factory=dict)
+    features: dict[int, torch.Tensor] = field(default_factory=dict)
+    deals: dict[int, Any] = field(default_factory=dict, repr=False)
     tensors: tuple[TensorPlan, ...] = ()
     dropped: dict[str, str] = field(default_factory=dict)
-    exactness: str = EXACT
+    exactness: Exactness = field(default_factory=Exactness)
     notes: tuple[str, ...] = ()
     problems: tuple[HfMoeError, ...] = ()
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
-
-    @property
-    def shards(self) -> dict[str, list[TensorPlan]]:
-        """File name -> the tensors in it."""
-        by_name = {tensor.name: tensor for tensor in self.tensors}
-        split = split_state_dict_into_shards_factory(
-            by_name,
-            get_storage_size=lambda tensor: tensor.nbytes,
-            get_storage_id=lambda tensor: None,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=self.recipe.max_shard_size,
-        )
-        return {file: [by_name[name] for name in names] for file, names in split.filename_to_tensors.items()}
 
     def check(self) -> None:
         """Raises the first of `problems`, saying how many more there are."""
@@ -120,26 +128,41 @@ def _plan(checkpoint: Checkpoint, recipe: UpcycleRecipe) -> Plan:
     dense_config = _dense_config(checkpoint)
     check_layer_count(checkpoint, family, dense_config.num_hidden_layers)
     layers = parse_layers(recipe.moe_layers, dense_config.num_hidden_layers)
-    config = _moe_config(checkpoint, family, moe_class, recipe, layers)
 
     expected, tied = tensors_of(dense_class, dense_config)
     names, dropped, problems = match_names(checkpoint, family, dense_class, dense_config, expected, tied)
-    tensors: list[TensorPlan] = []
-    if not problems:
-        tensors = _tensors(checkpoint, family, dense_class, recipe, layers, names)
-        problems = _check_target(tensors, moe_class, config, names, expected)
+    if problems:
+        return Plan(recipe=recipe, problems=tuple(problems))
+    dtype = None if recipe.dtype is None else SAFETENSORS_NAMES[getattr(torch, recipe.dtype)]
+    source = Source(checkpoint, names, dtype, recipe.allow_nonfinite)
+    body = "" if dense_class.__name__ == body_name(family) else f"{dense_class.base_model_prefix}."
+    networks = {layer: find_network(family, layer, body, names) for layer in layers}
+    schemes = {layer: _scheme(recipe, source, network) for layer, network in networks.items()}
+    form = our_form(family.gate is not None)
+    config = _moe_config(checkpoint, family, moe_class, recipe, layers, schemes[layers[0]])
+    tensors = _tensors(source, networks, schemes, form, family.block, recipe.num_experts)
     return Plan(
         recipe=recipe,
         family=family,
+        source=source,
+        form=form,
         config=config,
         dense_class=dense_class,
         moe_class=moe_class,
+        networks=networks,
+        schemes=schemes,
         tensors=tuple(tensors),
         dropped=dropped,
-        exactness=EXACT if recipe.noise_std == 0 else NOT_PRESERVING,
+        exactness=schemes[layers[0]].exactness,
         notes=tuple(_notes(recipe)),
-        problems=tuple(problems),
+        problems=tuple(_check_target(tensors, moe_class, config, names)),
     )
+
+
+def _scheme(recipe: UpcycleRecipe, source: Source, network: Network) -> Scheme:
+    up = network.weight["up"]
+    dtype = str(DTYPES[source.dtype_of(up.name)]).removeprefix("torch.")
+    return scheme_of(recipe, up.shape(source)[0], gated="gate" in network.weight, dtype=dtype)
 
 
 def _check_numbers(recipe: UpcycleRecipe) -> None:
@@ -149,6 +172,22 @@ def _check_numbers(recipe: UpcycleRecipe) -> None:
     if not 0 < recipe.router_logit_std < math.inf:
         raise UsageError(
             f"router_logit_std is {recipe.router_logit_std}; it must be finite, and 0 would tie all experts."
+        )
+    if not 0 <= recipe.drop_ratio <= 1:
+        raise UsageError(f"drop_ratio is {recipe.drop_ratio}, but it is a share, from 0 to 1.")
+    if recipe.shared_expert_weight is not None and not 0 < recipe.shared_expert_weight < 1:
+        raise UsageError(f"shared_expert_weight is {recipe.shared_expert_weight}, but must lie between 0 and 1.")
+    if recipe.shared_expert_weight is not None and recipe.shared_expert_intermediate_size:
+        raise UsageError(
+            "shared_expert_weight makes the whole network a shared expert, shared_expert_intermediate_size some of its "
+            "neurons: choose one."
+        )
+    if recipe.num_experts < 2:
+        raise UsageError(f"num_experts is {recipe.num_experts}, but a mixture needs at least 2 experts.")
+    if not 1 <= recipe.num_experts_per_tok <= recipe.num_experts:
+        raise UsageError(
+            f"num_experts_per_tok is {recipe.num_experts_per_tok}, but it must lie between 1 and "
+            f"num_experts ({recipe.num_experts})."
         )
     if recipe.num_experts > MAX_EXPERTS:
         raise UsageError(f"num_experts is {recipe.num_experts}, but {MAX_EXPERTS} is the most.")
@@ -164,17 +203,21 @@ def _dense_config(checkpoint: Checkpoint) -> PretrainedConfig:
     return _made(config_class, checkpoint.config, SourceError, f"{checkpoint.path}: config.json is refused")
 
 
-def _moe_config(checkpoint, family, moe_class, recipe: UpcycleRecipe, layers: list[int]) -> PretrainedConfig:
+def _moe_config(checkpoint, family, moe_class, recipe: UpcycleRecipe, layers, scheme: Scheme) -> PretrainedConfig:
     values = {
         **{name: value for name, value in checkpoint.config.items() if name not in ("model_type", "_name_or_path")},
         "architectures": [moe_class.__name__],
         "num_experts": recipe.num_experts,
         "num_experts_per_tok": recipe.num_experts_per_tok,
         "moe_layers": layers,
-        "norm_topk_prob": True,
+        "moe_intermediate_size": scheme.expert_width,
+        "shared_expert_intermediate_size": scheme.shared_width,
+        "norm_topk_prob": recipe.norm_topk_prob,
         "router_aux_loss_coef": recipe.router_aux_loss_coef,
         "router_z_loss_coef": recipe.router_z_loss_coef,
     }
+    if recipe.dtype is not None:
+        values = {name: value for name, value in values.items() if name != "torch_dtype"} | {"dtype": recipe.dtype}
     # the dense configuration was accepted, so what is refused now is the recipe's
     return _made(family.config_class, values, UsageError, "upcycle")
 
@@ -190,68 +233,82 @@ def _made(
         raise kind(f"{where}: {reason}") from error
 
 
-def _tensors(checkpoint, family: Family, dense_class, recipe, layers, names) -> list[TensorPlan]:
-    """Every source tensor copied, but the chosen layers' projections, which become experts and a router."""
-    body = "" if dense_class.__name__ == body_name(family) else f"{dense_class.base_model_prefix}."
-    replaced: dict[str, list[TensorPlan]] = {}
-    for layer in layers:
-        prefix = body + family.layer.format(layer=layer)
-        plans = _layer_tensors(checkpoint, family, prefix, recipe.num_experts, names)
-        replaced.update(plans)
+def _tensors(
+    source: Source, networks: dict[int, Network], schemes: dict[int, Scheme], form: Form, block: str, num_experts: int
+) -> list[TensorPlan]:
+    """Every source tensor copied, but the networks', in whose place stand experts and a router."""
+    instead: dict[str, list[TensorPlan]] = {}
+    for layer, network in networks.items():
+        first, *others = network.names
+        instead[first] = _layer_tensors(source, network, schemes[layer], form, block, num_experts)
+        instead |= {name: [] for name in others}
     tensors: list[TensorPlan] = []
-    for name, source in names.items():
-        info = checkpoint.tensors[source]
-        copy = TensorPlan(name=name, dtype=info.dtype, shape=info.shape, method="copy", sources=(source,))
-        tensors += replaced.get(name, [copy])
+    for name in source.names:
+        copy = TensorPlan(
+            name=name, dtype=source.dtype_of(name), shape=source.shape_of(name), method="copy", sources=(name,)
+        )
+        tensors += instead.get(name, [copy])
     return tensors
 
 
-def _layer_tensors(checkpoint, family: Family, prefix: str, num_experts: int, names) -> dict[str, list[TensorPlan]]:
-    """Name of each projection's tensor in one layer -> what is written in its place."""
-    plans: dict[str, list[TensorPlan]] = {}
-    targets: dict[str, tuple[str, ...]] = {"up_proj": (family.up,), "down_proj": (family.down,)}
-    if family.gate is not None:
-        targets = {"gate_up_proj": (family.gate, family.up), "down_proj": (family.down,)}
-    for target, modules in targets.items():
-        for kind, suffix in (("weight", ""), ("bias", "_bias")):
-            found = [f"{prefix}.{module}.{kind}" for module in modules]
-            if any(name not in names for name in found):
-                continue  # a projection without bias
-            infos = [checkpoint.tensors[names[name]] for name in found]
-            transposed = family.transposed and kind == "weight"
-            shapes = [info.shape[::-1] if transposed else info.shape for info in infos]
-            expert = TensorPlan(
-                name=f"{prefix}.{family.block}.experts.{target}{suffix}",
-                dtype=infos[0].dtype,
-                shape=(num_experts, sum(shape[0] for shape in shapes), *shapes[0][1:]),
-                method="experts",
-                sources=tuple(info.name for info in infos),
-                transposed=transposed,
-            )
-            plans |= {name: [] for name in found[1:]}
-            plans[found[0]] = [expert]
-    up = f"{prefix}.{family.gate or family.up}.weight"
-    norm = [names[name] for kind in ("weight", "bias") if (name := f"{prefix}.{family.norm}.{kind}") in names]
-    plans[up].append(
-        TensorPlan(
-            name=f"{prefix}.{family.block}.gate.weight",
-            dtype=plans[up][0].dtype,
-            shape=(num_experts, plans[up][0].shape[-1]),
-            method="router",
-            sources=tuple(norm),
+def _layer_tensors(
+    source: Source, network: Network, scheme: Scheme, form: Form, block: str, num_experts: int
+) -> list[TensorPlan]:
+    def planned(name: str, kind: str, method: str, roles, experts, width: int, stacked: bool) -> TensorPlan:
+        projections = [network.projections(kind)[role] for role in roles]
+        hidden = network.weight["up"].shape(source)[1]
+        rows = sum(hidden if role == "down" else width for role in roles)
+        columns = () if kind == "bias" else (width if roles == ("down",) else hidden,)
+        return TensorPlan(
+            name=f"{network.prefix}.{name.format(block=block, expert=experts[0] if experts else '')}",
+            dtype=_widest(source.dtype_of(projection.name) for projection in projections),
+            shape=((len(experts),) if stacked else ()) + (rows, *columns),
+            method=method,
+            sources=tuple(dict.fromkeys(projection.name for projection in projections)),
+            layer=network.layer,
+            kind=kind,
+            roles=tuple(roles),
+            experts=tuple(experts),
         )
+
+    everyone = range(num_experts)
+    plans: list[TensorPlan] = []
+    for kind in KINDS:
+        held = network.projections(kind)
+        for experts in [everyone] if form.stacked else [range(i, i + 1) for i in everyone]:
+            for name, roles in form.experts.items():
+                if set(roles) <= set(held):
+                    name += form.endings[kind]
+                    plans.append(planned(name, kind, "experts", roles, experts, scheme.expert_width, form.stacked))
+        if scheme.shared_width:
+            for role in held:
+                name = f"{form.shared[role]}.{kind}"
+                plans.append(planned(name, kind, "shared", (role,), (), scheme.shared_width, False))
+    up = network.weight["up"]
+    router = TensorPlan(
+        name=f"{network.prefix}.{form.router.format(block=block)}",
+        dtype=source.dtype_of(up.name),
+        shape=(num_experts, up.shape(source)[1]),
+        method="router",
+        sources=network.norm,
+        layer=network.layer,
     )
-    return plans
+    return [*plans, router]
 
 
-def _check_target(tensors: list[TensorPlan], moe_class, config, names, expected) -> list[HfMoeError]:
+def _widest(dtypes: Iterable[str]) -> str:
+    wide = functools.reduce(torch.promote_types, (DTYPES[dtype] for dtype in dtypes))
+    return SAFETENSORS_NAMES[wide]
+
+
+def _check_target(tensors: list[TensorPlan], moe_class, config, names) -> list[HfMoeError]:
     """Holds the plan against the mixture's own tensors: each written once, none forgotten, shapes as they must be.
 
     A difference here is a mistake in a family's table, never the user's.
     """
     target, tied = tensors_of(moe_class, config)
     written = [tensor.name for tensor in tensors]
-    problems = [f"{name!r} would be written twice" for name in sorted({n for n in written if written.count(n) > 1})]
+    problems = [f"{name!r} would be written twice" for name, count in Counter(written).items() if count > 1]
     problems += [f"{name!r} would not be written" for name in target if name not in set(written) | tied]
     for tensor in tensors:
         if tensor.name in target and tensor.shape != tuple(target[tensor.name].shape):
@@ -262,7 +319,8 @@ def _check_target(tensors: list[TensorPlan], moe_class, config, names, expected)
 
 
 def _notes(recipe: UpcycleRecipe) -> Iterable[str]:
-    if recipe.num_experts_per_tok == 1:
+    if recipe.num_experts_per_tok == 1 and recipe.norm_topk_prob:
         yield "With top-k 1 the renormalised gate is always 1: only the balancing loss will ever train the router."
-    if recipe.noise_std == 0:
+    same = recipe.method == "copy" and recipe.granularity == 1
+    if same and recipe.noise_std == 0 and recipe.drop_ratio == 0:
         yield "The experts start as copies: until they differ, only the balancing loss trains the router."

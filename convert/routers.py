@@ -29,3 +29,8 @@ def calibrated_normal(
     rows_ED -= (rows_ED @ bias_D)[:, None] * bias_D / bias_D.square().sum().clamp(min=1e-12)
     deviation_E1 = (rows_ED * weight_D).norm(dim=1, keepdim=True)
     return rows_ED * (logit_std / deviation_E1.where(deviation_E1 > 0, 1.0))
+
+
+def tied(rows_RD: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Each row for `group_size` experts in a row: a group's logits are equal, so top-k takes it whole."""
+    return rows_RD.repeat_interleave(group_size, dim=0)

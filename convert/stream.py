@@ -1,107 +1,134 @@
-"""Writing a planned checkpoint tensor by tensor, in memory bounded by one dense tensor."""
+"""How each planned tensor is made, piece by piece, so that no more than one dense matrix is in memory at a time."""
 
-import json
-import struct
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import lru_cache
 
 import torch
 
-from hf_moe.errors import SourceError, UsageError
+from hf_moe.errors import UsageError
 
-from .checkpoint import INDEX_NAME, Checkpoint
-from .experts import copy_expert
+from .experts import dropped_neurons, scaled, take_neurons, with_new_neurons, with_noise
 from .headers import DTYPES
+from .network import is_finite
+from .partition import deal
 from .plan import Plan, TensorPlan
-from .routers import calibrated_normal
+from .routers import calibrated_normal, tied
+from .scheme import router_logit_std
+
+PIECE_BYTES = 32 * 2**20
 
 
-def write_weights(plan: Plan, checkpoint: Checkpoint, folder: Path, progress: Callable[[int], None]) -> None:
-    """Writes the shards of `plan` into `folder`, and their index where there are several.
-
-    `progress` is called with the number of bytes written since its last call.
+def pieces(tensor: TensorPlan, plan: Plan) -> Iterator[torch.Tensor]:
+    """The values of `tensor`, in order, in pieces of any shape.
 
     Raises:
         SourceError: where a source tensor holds NaN or Inf, or its file changed meanwhile.
+        UsageError: where noise leads out of the numbers that the dtype holds.
     """
-    shards = plan.shards
-    for file, tensors in shards.items():
-        _write_shard(folder / file, tensors, plan, checkpoint, progress)
-    if len(shards) > 1:
-        weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
-        index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return METHODS[tensor.method](tensor, plan)
 
 
-def _write_shard(file: Path, tensors: list[TensorPlan], plan, checkpoint, progress) -> None:
-    """Wide dtypes first, so that every tensor starts at a multiple of its item size, as safetensors wants it."""
-    tensors = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for tensor in tensors:
-        offsets = [position, position + tensor.nbytes]
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-        position += tensor.nbytes
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    with open(file, "wb") as handle:
-        handle.write(struct.pack("<Q", len(raw)) + raw)
-        for tensor in tensors:
-            for part in METHODS[tensor.method](tensor, plan, checkpoint):
-                data = part.contiguous().view(-1).view(torch.uint8).numpy().data
-                handle.write(data)
-                progress(len(data))
+def _copied(tensor: TensorPlan, plan: Plan) -> Iterator[torch.Tensor]:
+    [name] = tensor.sources
+    for values in plan.source.checkpoint.read_pieces(plan.source.names[name], PIECE_BYTES):
+        yield plan.source.checked(name, values)
 
 
-def _copied(tensor: TensorPlan, plan: Plan, checkpoint: Checkpoint) -> Iterator[torch.Tensor]:
-    yield _read(tensor.sources[0], plan, checkpoint)
+def _experts(tensor: TensorPlan, plan: Plan) -> Iterator[torch.Tensor]:
+    """One expert's share of one matrix at a time. A value depends on the recipe, the layer, the role and the expert,
+    never on which tensors stand beside it: so it is the same in every form and order of writing."""
+    scheme, recipe = plan.schemes[tensor.layer], plan.recipe
+    read = lru_cache(maxsize=2)(lambda role: _projection(tensor, plan, role))
+    parts_PF, _ = _neurons(tensor, plan)
+    changed = recipe.noise_std > 0 or recipe.drop_ratio > 0
+
+    @lru_cache(maxsize=2 if scheme.parts == 1 else 0)
+    def share(role: str, part: int) -> torch.Tensor:
+        weight = take_neurons(read(role), role, None if parts_PF is None else parts_PF[part])
+        scale = _down_scale(tensor, scheme.down_scale, scheme.bias_scale) if role == "down" else 1.0
+        return scaled(weight, scale).contiguous()
+
+    for expert in tensor.experts:
+        for role in tensor.roles:
+            weight = share(role, expert % scheme.parts)
+            yield (_changed(weight, tensor, plan, role, expert) if changed else weight).to(DTYPES[tensor.dtype])
 
 
-def _experts(tensor: TensorPlan, plan: Plan, checkpoint: Checkpoint) -> Iterator[torch.Tensor]:
-    """One expert at a time."""
-    parts = [_read(source, plan, checkpoint) for source in tensor.sources]
-    dense = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if tensor.transposed:
-        dense = dense.T.contiguous()
-    generator = _generator(tensor, plan)
-    for _ in range(tensor.shape[0]):
-        expert = copy_expert(dense, plan.recipe.noise_std, generator)
-        if plan.recipe.noise_std > 0 and dense.isfinite().all() and not expert.isfinite().all():
-            raise UsageError(f"noise_std {plan.recipe.noise_std}: leads out of the numbers that {tensor.dtype} holds.")
-        yield expert
+def _changed(weight: torch.Tensor, tensor: TensorPlan, plan: Plan, role: str, expert: int) -> torch.Tensor:
+    recipe, width = plan.recipe, plan.schemes[tensor.layer].expert_width
+    of_expert, of_share = (tensor.layer, expert), (tensor.layer, expert, role, tensor.kind)
+    dropped = dropped_neurons(width, recipe.drop_ratio, _generator(plan, "drop", *of_expert))
+    made = with_new_neurons(weight, role, dropped, _generator(plan, "new", *of_share))
+    made = with_noise(made, recipe.noise_std, _generator(plan, "noise", *of_share))
+    if is_finite(weight) and not is_finite(made):
+        raise UsageError(f"noise_std {recipe.noise_std}: leads out of the numbers that {tensor.dtype} holds.")
+    return made
 
 
-def _router(tensor: TensorPlan, plan: Plan, checkpoint: Checkpoint) -> Iterator[torch.Tensor]:
-    norm = [_read(source, plan, checkpoint) for source in tensor.sources]
+def _shared(tensor: TensorPlan, plan: Plan) -> Iterator[torch.Tensor]:
+    scheme, [role] = plan.schemes[tensor.layer], tensor.roles
+    _, shared_F = _neurons(tensor, plan)
+    weight = take_neurons(_projection(tensor, plan, role), role, None if scheme.shared_is_copy else shared_F)
+    scale = _down_scale(tensor, scheme.shared_down_scale, scheme.shared_bias_scale) if role == "down" else 1.0
+    yield scaled(weight, scale).to(DTYPES[tensor.dtype])
+
+
+def _router(tensor: TensorPlan, plan: Plan) -> Iterator[torch.Tensor]:
+    norm = [plan.source.read(source) for source in tensor.sources]
+    group = plan.recipe.granularity
     rows = calibrated_normal(
-        tensor.shape[0],
-        norm[0],
+        tensor.shape[0] // group,
+        norm[0] + plan.family.norm_offset,
         norm[1] if len(norm) > 1 else None,
-        plan.recipe.router_logit_std,
-        _generator(tensor, plan),
+        router_logit_std(plan.recipe),
+        _generator(plan, "router", tensor.layer),
     )
-    yield rows.to(DTYPES[tensor.dtype])
+    yield tied(rows, group).to(DTYPES[tensor.dtype])
 
 
-METHODS: dict[str, Callable[[TensorPlan, Plan, Checkpoint], Iterator[torch.Tensor]]] = {
+METHODS: dict[str, Callable[[TensorPlan, Plan], Iterator[torch.Tensor]]] = {
     "copy": _copied,
     "experts": _experts,
+    "shared": _shared,
     "router": _router,
 }
 
 
-def _read(name: str, plan: Plan, checkpoint: Checkpoint) -> torch.Tensor:
-    tensor = checkpoint.read(name)
-    if tensor.is_floating_point() and not plan.recipe.allow_nonfinite and not tensor.isfinite().all():
-        file = checkpoint.tensors[name].file
-        raise SourceError(f"{file}: tensor {name!r} holds NaN or Inf; allow_nonfinite converts it as it is.")
-    return tensor
+def _projection(tensor: TensorPlan, plan: Plan, role: str) -> torch.Tensor:
+    return plan.networks[tensor.layer].projections(tensor.kind)[role].read(plan.source)
 
 
-def _generator(tensor: TensorPlan, plan: Plan) -> torch.Generator:
-    """Seeded by the recipe and the tensor's name, so that nothing depends on the order of writing.
+def _down_scale(tensor: TensorPlan, weight: float, bias: float) -> float:
+    return weight if tensor.kind == "weight" else bias
+
+
+def _neurons(tensor: TensorPlan, plan: Plan) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The parts (P, F / P) that the layer's neurons are dealt into, and the shared ones; None where all go to all."""
+    if tensor.layer not in plan.deals:
+        plan.deals[tensor.layer] = _deal(tensor, plan)
+    return plan.deals[tensor.layer]
+
+
+def _deal(tensor: TensorPlan, plan: Plan) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    scheme, network = plan.schemes[tensor.layer], plan.networks[tensor.layer]
+    if scheme.parts == 1 and (scheme.shared_is_copy or not scheme.shared_width):
+        return None, None
+    role = "gate" if "gate" in network.weight else "up"
+    features = None
+    if plan.recipe.partition == "kmeans":
+        features = network.weight[role].read(plan.source)
+    elif plan.recipe.partition == "coactivation":
+        features = plan.features[tensor.layer]
+    shared = 0 if scheme.shared_is_copy else scheme.shared_width
+    width = network.weight[role].shape(plan.source)[0]
+    return deal(width, scheme.parts, shared, features, _generator(plan, "neurons", tensor.layer))
+
+
+def _generator(plan: Plan, *what: object) -> torch.Generator:
+    """Seeded by the recipe and by what is drawn, so that nothing depends on the order of writing.
 
     (Through a checksum: PyTorch's CPU generator looks at 32 bits of a seed only.)
     """
-    return torch.Generator().manual_seed(zlib.crc32(f"{plan.recipe.seed}/{tensor.name}".encode()))
+    text = "/".join(map(str, (plan.recipe.seed, *what)))
+    return torch.Generator().manual_seed(zlib.crc32(text.encode()))

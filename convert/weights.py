@@ -9,24 +9,28 @@ from hf_moe.recipe import UpcycleRecipe
 
 from .checkpoint import Checkpoint
 from .names import tensors_of
-from .plan import Plan, plan_upcycle
-from .stream import METHODS
+from .plan import Plan, TensorPlan, plan_upcycle
+from .stream import pieces
 
 NAMED = 20  # of the tensors that differ
 
 
 def plan_of(dense: Checkpoint, moe: Checkpoint) -> Plan:
-    """The plan by which `moe` would be made of copies of `dense`.
+    """The plan by which `moe` was made of `dense`: of the recipe in its configuration, or else by copying.
 
     Raises:
         SourceError: where `moe` is no mixture of `dense`: another family, class, size, or tensors that do not fit.
     """
     config = moe.config
     layers = config.get("moe_layers")
+    recorded = config.get("upcycled_from")
+    recipe = recorded.get("recipe") if isinstance(recorded, dict) else None
     values = {
+        **(recipe if isinstance(recipe, dict) else {}),
         "base_model": dense.source,
         "num_experts": config.get("num_experts", 8),
         "num_experts_per_tok": config.get("num_experts_per_tok", 2),
+        "norm_topk_prob": config.get("norm_topk_prob", True),
         "moe_layers": "all" if layers is None else layers,
         "allow_nonfinite": True,
     }
@@ -35,8 +39,6 @@ def plan_of(dense: Checkpoint, moe: Checkpoint) -> Plan:
         plan.check()
     except HfMoeError as error:
         raise SourceError(f"{moe.path}: can't be a mixture of {dense.source}: {error}") from error
-    assert plan.config is not None  # as in every plan without problems
-    assert plan.moe_class is not None
     _check_class(dense, moe, plan)
     target, tied = tensors_of(plan.moe_class, plan.config)
     for name, tensor in target.items():
@@ -49,8 +51,6 @@ def plan_of(dense: Checkpoint, moe: Checkpoint) -> Plan:
 
 
 def _check_class(dense: Checkpoint, moe: Checkpoint, plan: Plan) -> None:
-    assert plan.config is not None
-    assert plan.moe_class is not None
     model_type, wanted = moe.config.get("model_type"), plan.config.model_type
     if model_type != wanted:
         raise SourceError(f"{moe.path}: has model_type {model_type!r}, a mixture of {dense.source} has {wanted!r}.")
@@ -59,26 +59,30 @@ def _check_class(dense: Checkpoint, moe: Checkpoint, plan: Plan) -> None:
         raise SourceError(f"{moe.path}: is a {named}, but a mixture of {dense.source} is a {plan.moe_class.__name__}.")
 
 
-def compare_weights(plan: Plan, dense: Checkpoint, moe: Checkpoint) -> dict[str, Any]:
-    """Every tensor of `moe` but its routers against what `plan` makes of `dense`, bit for bit.
+def compare_weights(plan: Plan, moe: Checkpoint) -> dict[str, Any]:
+    """Every tensor of `moe` but its routers against what `plan` makes of the dense one, bit for bit.
 
     Returns:
         `identical`: whether all are; `compared`: how many; `different`: names of the first that are not.
     """
     planned = [tensor for tensor in plan.tensors if tensor.method != "router" and tensor.name in moe.tensors]
-    different = []
-    for tensor in planned:
-        actual = moe.read(tensor.name)
-        parts = METHODS[tensor.method](tensor, plan, dense)
-        actual_parts = actual.unbind() if tensor.method == "experts" else [actual]
-        if not all(_same(one, other) for one, other in zip(parts, actual_parts, strict=True)):
-            different.append(tensor.name)
+    different = [tensor.name for tensor in planned if not _same(tensor, plan, moe)]
     return {"identical": not different, "compared": len(planned), "different": different[:NAMED]}
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """The same values; a wider dtype may hold them."""
+def _same(tensor: TensorPlan, plan: Plan, moe: Checkpoint) -> bool:
+    """Whether `moe` has the values planned; a wider dtype may hold them."""
+    position, actual = 0, moe.read(tensor.name).view(-1)
+    for piece in pieces(tensor, plan):
+        planned = piece.reshape(-1)
+        if not _equal(planned, actual[position : position + len(planned)]):
+            return False
+        position += len(planned)
+    return position == len(actual)
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.dtype == other.dtype:
-        return torch.equal(*(value.contiguous().reshape(-1).view(torch.uint8) for value in (one, other)))
+        return torch.equal(one.contiguous().view(torch.uint8), other.view(torch.uint8))
     wide = torch.promote_types(one.dtype, other.dtype)
     return torch.equal(one.to(wide), other.to(wide))

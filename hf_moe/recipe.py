@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from huggingface_hub.dataclasses import strict
@@ -24,8 +24,24 @@ class UpcycleRecipe:
         num_experts: experts a layer.
         num_experts_per_tok: experts that each token is sent to.
         moe_layers: which layers become mixtures: "all", "every-N" (the N-th, 2N-th, …), or their indices.
+        method: "copy": experts are copies of the dense network; "split": they are its parts, which does not preserve
+            the function unless a token visits all of them.
+        granularity: into how many experts each copy is cut; a token then visits whole copies at the start.
+        shared_expert_intermediate_size: how many of the network's neurons become a shared expert instead.
+        shared_expert_weight: or the whole network becomes a shared expert of this weight (between 0 and 1), and the
+            experts get the rest.
+        partition: by what neurons are dealt where a network is cut: "random", "kmeans" (of their weights) or
+            "coactivation" (on the text of `calibration`).
+        calibration: file of text, one passage a line.
         noise_std: noise on every expert's weight matrices, in units of each matrix's own standard deviation.
+        drop_ratio: share of every expert's neurons that start anew.
+        norm_topk_prob: whether the chosen gates are renormalised to sum to 1.
+        router_init: "normal": logits of deviation `router_logit_std`; "zero": equal ones, but for ties; "auto": "zero"
+            where only that preserves the function.
         router_logit_std: standard deviation that the router's logits start with, on the inputs its norm makes.
+        target: "hf_moe": our classes; "native": those that Transformers has for mixtures; "auto": native where
+            nothing is lost.
+        dtype: of the weights written, such as "bfloat16"; by default each stays what it is.
         router_aux_loss_coef: weight of the load-balancing loss in later training.
         router_z_loss_coef: weight of the router z-loss in later training.
         seed: of everything drawn at random.
@@ -38,10 +54,21 @@ class UpcycleRecipe:
     num_experts: int = 8
     num_experts_per_tok: int = 2
     moe_layers: str | list[int] = "all"
+    method: Literal["copy", "split"] = "copy"
+    granularity: int = 1
+    shared_expert_intermediate_size: int = 0
+    shared_expert_weight: float | None = None
+    partition: Literal["random", "kmeans", "coactivation"] = "random"
+    calibration: str | None = None
     noise_std: float | int = 0.0
+    drop_ratio: float | int = 0.0
+    norm_topk_prob: bool = True
+    router_init: Literal["auto", "normal", "zero"] = "auto"
     router_logit_std: float | int = 0.1
     router_aux_loss_coef: float | int = 0.001
     router_z_loss_coef: float | int = 0.0
+    target: Literal["hf_moe", "native", "auto"] = "hf_moe"
+    dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
     seed: int = 0
     max_shard_size: str = "5GB"
     allow_nonfinite: bool = False
@@ -77,6 +104,11 @@ class UpcycleRecipe:
         if not isinstance(values, dict):
             raise UsageError(f"{file}: a recipe is a mapping of names to values, such as 'num_experts: 8'.")
         return cls.from_dict({**values, **overrides}, where=str(file))
+
+    def changed(self) -> dict[str, Any]:
+        """What is not as by default."""
+        fields = dataclasses.fields(self)
+        return {f.name: value for f in fields if (value := getattr(self, f.name)) != f.default}
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults included."""

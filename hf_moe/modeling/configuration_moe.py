@@ -25,6 +25,7 @@ class MoeConfigMixin(_Base):
         num_experts_per_tok: experts that each token is sent to, from 1 to `num_experts`.
         moe_layers: indices of the layers whose feed-forward network is a mixture; `None` means all of them.
         moe_intermediate_size: inner width of one expert; `None` means the dense network's.
+        shared_expert_intermediate_size: inner width of the expert that every token visits; 0 means there is none.
         norm_topk_prob: whether the chosen gates are rescaled to sum to 1.
         router_aux_loss_coef: weight of the load-balancing loss, which is added to `loss` while training.
         router_z_loss_coef: weight of the router z-loss, likewise.
@@ -50,6 +51,7 @@ class MoeConfigMixin(_Base):
     num_experts_per_tok: int = 2
     moe_layers: list[int] | None = None
     moe_intermediate_size: int | None = None
+    shared_expert_intermediate_size: int = 0
     norm_topk_prob: bool = True
     router_aux_loss_coef: float | int = 0.001
     router_z_loss_coef: float | int = 0.0
@@ -83,6 +85,10 @@ class MoeConfigMixin(_Base):
             )
         if self.moe_intermediate_size is not None and self.moe_intermediate_size < 1:
             raise ValueError(f"moe_intermediate_size is {self.moe_intermediate_size}, but it must be at least 1.")
+        if self.shared_expert_intermediate_size < 0:
+            raise ValueError(
+                f"shared_expert_intermediate_size is {self.shared_expert_intermediate_size}; it can't be negative."
+            )
         if not 0 <= self.router_jitter_noise < 1:
             raise ValueError(f"router_jitter_noise is {self.router_jitter_noise}, but it must lie in [0, 1).")
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):

@@ -124,8 +124,29 @@ class MoeExperts(_DispatchedExperts):
         return dtype != torch.float64 and all(size % 16 == 0 for size in row_bytes)
 
 
+class SharedExpert(nn.Module):
+    """The expert that every token visits, of width `shared_expert_intermediate_size`; arguments as in `MoeExperts`."""
+
+    def __init__(self, config, *, hidden_act: str, gated: bool, bias: bool):
+        super().__init__()
+        D, F = config.hidden_size, config.shared_expert_intermediate_size
+        self.gate_proj = nn.Linear(D, F, bias=bias) if gated else None
+        self.up_proj = nn.Linear(D, F, bias=bias)
+        self.down_proj = nn.Linear(F, D, bias=bias)
+        self.act_fn = ACT2FN[hidden_act]
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """(T, D) -> (T, D)."""
+        h_TF = self.up_proj(x_TD)
+        h_TF = self.act_fn(h_TF) if self.gate_proj is None else self.act_fn(self.gate_proj(x_TD)) * h_TF
+        return self.down_proj(h_TF)
+
+
 class MoeBlock(nn.Module):
     """Router and experts in the place of a feed-forward network; norm and residual stay outside.
+
+    Where `shared_expert_intermediate_size` is not 0, a shared expert sees every token and its output is added, as in
+    DeepSeekMoE (Dai et al. 2024, arXiv 2401.06066, section 3.2).
 
     Args:
         config: a configuration with the fields of `MoeConfigMixin`.
@@ -139,13 +160,19 @@ class MoeBlock(nn.Module):
         super().__init__()
         self.gate = TopKRouter(config)
         self.experts = MoeExperts(config, hidden_act=hidden_act, gated=gated, bias=bias)
+        self.shared_expert = None
+        if config.shared_expert_intermediate_size:
+            self.shared_expert = SharedExpert(config, hidden_act=hidden_act, gated=gated, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, S, D) -> (B, S, D)."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, gates_TK, index_TK = self.gate(x_TD)
-        return self.dropout(self.experts(x_TD, index_TK, gates_TK).view_as(hidden_states))
+        y_TD = self.experts(x_TD, index_TK, gates_TK)
+        if self.shared_expert is not None:
+            y_TD = y_TD + self.shared_expert(x_TD)
+        return self.dropout(y_TD.view_as(hidden_states))
 
 
 def load_balancing_loss(
