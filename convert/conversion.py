@@ -31,6 +31,7 @@ from .writer import Pieces, file_bytes, split, write_weights
 
 RECIPE_NAME = "recipe.yaml"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+OF_LOADING = ("dtype", "target")  # what `from_dense` leaves to `from_pretrained`, or to the class it is called on
 
 
 class Progress:
@@ -236,7 +237,7 @@ def from_dense(cls: type[PreTrainedModel], source: str | os.PathLike[str], **opt
     Raises:
         UsageError, SourceError, OutputError: as in `upcycle`.
     """
-    names = [field.name for field in fields(UpcycleRecipe)]
+    names = [field.name for field in fields(UpcycleRecipe) if field.name not in OF_LOADING]
     recipe = {name: value for name, value in options.items() if name in names}
     loading = {name: value for name, value in options.items() if name not in names}
     for name in loading:

@@ -52,8 +52,8 @@ class Source:
         stored = self.checkpoint.tensors[self.names[name]]
         if is_finite(values):
             raise SourceError(
-                f"{stored.file}: tensor {stored.name!r} holds numbers that {self.dtype_of(name)} can't; choose bfloat16 "
-                "or float32."
+                f"{stored.file}: tensor {stored.name!r} holds numbers that {self.dtype_of(name)} can't; "
+                "choose bfloat16 or float32."
             )
         raise SourceError(
             f"{stored.file}: tensor {stored.name!r} holds NaN or Inf; allow_nonfinite converts it as it is."

@@ -30,13 +30,13 @@ def check_output(output: Path, sources: list[Path], nbytes: int, overwrite: bool
     """
     try:
         resolved = output.resolve()
+        for source in sources:
+            dense = source.resolve()
+            if resolved == dense or resolved.is_relative_to(dense) or dense.is_relative_to(resolved):
+                raise UsageError(f"{output}: overlaps the source {source}; choose a folder outside it.")
         _check_taken(output, overwrite)
     except OSError as error:
         raise UsageError(f"{output}: can't be a folder ({error.strerror}).") from error
-    for source in sources:
-        dense = source.resolve()
-        if resolved == dense or resolved.is_relative_to(dense) or dense.is_relative_to(resolved):
-            raise UsageError(f"{output}: overlaps the source {source}; choose a folder outside it.")
     parent = next(parent for parent in resolved.parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{output}: can't be written, {parent} is read-only.")

@@ -179,8 +179,8 @@ def _check_numbers(recipe: UpcycleRecipe) -> None:
         raise UsageError(f"shared_expert_weight is {recipe.shared_expert_weight}, but must lie between 0 and 1.")
     if recipe.shared_expert_weight is not None and recipe.shared_expert_intermediate_size:
         raise UsageError(
-            "shared_expert_weight makes the whole network a shared expert, shared_expert_intermediate_size some of its "
-            "neurons: choose one."
+            "shared_expert_weight makes the whole network a shared expert, shared_expert_intermediate_size some of "
+            "its neurons: choose one."
         )
     if recipe.num_experts < 2:
         raise UsageError(f"num_experts is {recipe.num_experts}, but a mixture needs at least 2 experts.")

@@ -183,7 +183,7 @@ def _exactness(
         conditions[f"weights times {inexact[0]:g} were not rounded to {dtype}"] = ROUNDING[dtype] / math.sqrt(3)
     if not changes and not conditions:
         return Exactness()
-    error = math.sqrt(sum(error**2 for error in (*changes.values(), *conditions.values())))
+    error = math.hypot(*changes.values(), *conditions.values())
     if changes:
         return Exactness(NOT_PRESERVING, tuple(changes), error)
     return Exactness(EXACT_IF, tuple(conditions), error)

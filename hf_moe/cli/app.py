@@ -46,12 +46,39 @@ def upcycle(
     num_experts: Annotated[int | None, typer.Option(help="Experts a layer. [default: 8]")] = None,
     top_k: Annotated[int | None, typer.Option(help="Experts that each token is sent to. [default: 2]")] = None,
     layers: Annotated[str | None, typer.Option(help="'all', 'every-2', or indices: '0,3,5'. [default: all]")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="'copy' of the whole network, or 'split' into parts. [default: copy]")
+    ] = None,
+    granularity: Annotated[
+        int | None, typer.Option(help="Into how many experts each copy is cut. [default: 1]")
+    ] = None,
+    shared_width: Annotated[
+        int | None, typer.Option(help="How many of the network's neurons become a shared expert. [default: 0]")
+    ] = None,
+    shared_weight: Annotated[
+        float | None, typer.Option(help="Or: the whole network is a shared expert of this weight.")
+    ] = None,
+    partition: Annotated[
+        str | None, typer.Option(help="Cut by 'random', 'kmeans' or 'coactivation'. [default: random]")
+    ] = None,
+    calibration: Annotated[str | None, typer.Option(help="File of text, for 'coactivation'.")] = None,
+    drop_ratio: Annotated[
+        float | None, typer.Option(help="Share of each expert's neurons that start anew. [default: 0]")
+    ] = None,
     noise_std: Annotated[
         float | None, typer.Option(help="Noise on the experts, in units of each matrix's own deviation. [default: 0]")
     ] = None,
     router_logit_std: Annotated[
         float | None, typer.Option(help="Deviation that the router's logits start with. [default: 0.1]")
     ] = None,
+    norm_topk_prob: Annotated[
+        bool | None, typer.Option(help="Rescale the chosen gates to sum to 1. [default: yes]", show_default=False)
+    ] = None,
+    router_init: Annotated[str | None, typer.Option(help="'auto', 'normal' or 'zero'. [default: auto]")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Classes to write: 'hf_moe', 'native' or 'auto'. [default: hf_moe]")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the weights written, such as 'bfloat16'.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything drawn at random. [default: 0]")] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="Largest weights file. [default: 5GB]")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub checkpoint.")] = None,
@@ -59,6 +86,7 @@ def upcycle(
         bool | None, typer.Option("--allow-nonfinite", help="Convert NaN and Inf as they are.")
     ] = None,
     verify: Annotated[bool, typer.Option(help="Hold the result against the dense model.")] = True,
+    manifest: Annotated[bool, typer.Option(help="Digest every file; an interrupted run then resumes.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its bytes; write nothing.")] = False,
     json: Json = False,
@@ -69,8 +97,19 @@ def upcycle(
         "num_experts": num_experts,
         "num_experts_per_tok": top_k,
         "moe_layers": layers,
+        "method": method,
+        "granularity": granularity,
+        "shared_expert_intermediate_size": shared_width,
+        "shared_expert_weight": shared_weight,
+        "partition": partition,
+        "calibration": calibration,
+        "drop_ratio": drop_ratio,
         "noise_std": noise_std,
         "router_logit_std": router_logit_std,
+        "norm_topk_prob": norm_topk_prob,
+        "router_init": router_init,
+        "target": target,
+        "dtype": dtype,
         "seed": seed,
         "max_shard_size": max_shard_size,
         "revision": revision,
@@ -84,7 +123,7 @@ def upcycle(
         plan.check()
         return
     with show.Bars(enabled=not (json or quiet)) as progress:
-        made = conversion.run(recipe, output, verify=verify, overwrite=overwrite, progress=progress)
+        made = conversion.run(recipe, output, verify=verify, overwrite=overwrite, manifest=manifest, progress=progress)
     if not quiet:
         show.upcycled(describe_plan(made.plan) | {"output": str(output)}, made.certificate, json)
 

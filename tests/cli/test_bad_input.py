@@ -7,7 +7,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import hf_moe
 from hf_moe.cli import main
+from hf_moe.convert import output as output_module
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -318,7 +318,7 @@ def test_read_only_output(good, tmp_path, monkeypatch, capsys):
         def read_only(*arguments, **options):
             raise OSError(30, "Read-only file system")
 
-        monkeypatch.setattr(tempfile, "mkdtemp", read_only)
+        monkeypatch.setattr(Path, "mkdir", read_only)
         refused(monkeypatch, capsys, tmp_path, 1, "can't be written", "upcycle", good, tmp_path / "new" / "moe")
     refused(monkeypatch, capsys, tmp_path, 1, "can't be written", "upcycle", good, output)
 
@@ -463,15 +463,17 @@ def test_a_signal_leaves_nothing_behind(number, good, tmp_path):
 def test_an_interrupted_overwrite_keeps_the_old(good, tmp_path, monkeypatch):
     old = hf_moe.upcycle(good, tmp_path / "moe", num_experts=4).path
     before = snapshot(old)
-    rename = Path.rename
 
-    def interrupted(path, target):
-        if ".partial" in path.name:
-            raise KeyboardInterrupt
-        return rename(path, target)
+    def interrupted(one, other):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "rename", interrupted)
+    exchange = output_module._exchange
+    monkeypatch.setattr(output_module, "_exchange", interrupted)
     with pytest.raises(KeyboardInterrupt):
         hf_moe.upcycle(good, tmp_path / "moe", num_experts=5, overwrite=True)
     assert snapshot(old) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe", "moe.partial"]
+    monkeypatch.setattr(output_module, "_exchange", exchange)
+    hf_moe.upcycle(good, tmp_path / "moe", num_experts=5, overwrite=True)
+    assert snapshot(old) != before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe"]
