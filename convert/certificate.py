@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .calibrate import read_deals
 from .checkpoint import Checkpoint, read_json
 from .compare import (
     RANDOM_LENGTHS,
@@ -71,6 +72,7 @@ def certify(
         SourceError: where `moe` is no mixture of `dense`, or one of them does not load.
     """
     plan = plan or plan_of(dense, moe)
+    read_deals(plan, moe)
     wants_copies = tolerance is None
     progress("comparing weights")
     weights = compare_weights(plan, moe)

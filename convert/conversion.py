@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from hf_moe.errors import CertificateError, UsageError
 from hf_moe.recipe import UpcycleRecipe
 
+from .calibrate import coactivation, write_deals
 from .certificate import certify, explain, write_certificate
 from .checkpoint import Checkpoint, open_checkpoint, read_json
 from .classes import find_family
@@ -94,9 +95,13 @@ def run(
     checkpoint = open_checkpoint(recipe.base_model, recipe.revision)
     plan = plan_upcycle(checkpoint, recipe)
     plan.check()
+    if recipe.partition == "coactivation":
+        plan.features.update(coactivation(plan))
 
     def finish(folder: Path) -> None:
         _write_beside(plan, checkpoint, folder)
+        if plan.features:
+            write_deals(plan, folder)
 
     def certified(folder: Path, digests: dict[str, str]) -> dict[str, Any]:
         made = replace(open_checkpoint(folder), digests=digests)
@@ -194,7 +199,8 @@ def _fingerprint(shards: dict[str, list[TensorPlan]], sources: list[Checkpoint],
 def _write_beside(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
     """Configuration, code, recipe, and what comes along from the source."""
     # the source's name, not its path: the folder may be published, and its digest is in config.json
-    recipe = replace(plan.recipe, base_model=checkpoint.source, revision=checkpoint.revision)
+    calibration = plan.recipe.calibration and Path(plan.recipe.calibration).name
+    recipe = replace(plan.recipe, base_model=checkpoint.source, revision=checkpoint.revision, calibration=calibration)
     plan.config.upcycled_from = {**checkpoint.identity, "recipe": recipe.changed()}
     plan.config.to_json_file(folder / "config.json")
     plan.config.save_code(folder)

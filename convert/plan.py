@@ -175,6 +175,9 @@ def _check_numbers(recipe: UpcycleRecipe) -> None:
         )
     if not 0 <= recipe.drop_ratio <= 1:
         raise UsageError(f"drop_ratio is {recipe.drop_ratio}, but it is a share, from 0 to 1.")
+    cut = recipe.method == "split" or recipe.granularity > 1 or recipe.shared_expert_intermediate_size > 0
+    if recipe.partition != "random" and not cut:
+        raise UsageError(f"partition {recipe.partition!r} says how networks are cut, but nothing cuts them here.")
     if recipe.shared_expert_weight is not None and not 0 < recipe.shared_expert_weight < 1:
         raise UsageError(f"shared_expert_weight is {recipe.shared_expert_weight}, but must lie between 0 and 1.")
     if recipe.shared_expert_weight is not None and recipe.shared_expert_intermediate_size:

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from hf_moe.errors import UsageError
+from hf_moe.errors import SourceError, UsageError
 
 from .experts import dropped_neurons, scaled, take_neurons, with_new_neurons, with_noise
 from .headers import DTYPES
@@ -119,6 +119,8 @@ def _deal(tensor: TensorPlan, plan: Plan) -> tuple[torch.Tensor | None, torch.Te
     if plan.recipe.partition == "kmeans":
         features = network.weight[role].read(plan.source)
     elif plan.recipe.partition == "coactivation":
+        if tensor.layer not in plan.features:
+            raise SourceError("the neurons were dealt by what they do on a text, which is not here.")
         features = plan.features[tensor.layer]
     shared = 0 if scheme.shared_is_copy else scheme.shared_width
     width = network.weight[role].shape(plan.source)[0]

@@ -8,7 +8,7 @@ import typer
 from hf_moe.cli import show
 from hf_moe.convert import certify, conversion, open_checkpoint, plan_upcycle, write_certificate
 from hf_moe.convert.describe import describe_checkpoint, describe_plan
-from hf_moe.errors import SourceError, UsageError
+from hf_moe.convert.texts import read_texts
 from hf_moe.recipe import UpcycleRecipe
 from hf_moe.version import __version__
 
@@ -166,7 +166,7 @@ def verify(
         certificate = certify(
             dense_checkpoint,
             moe_checkpoint,
-            texts=_lines(text),
+            texts=None if text is None else read_texts(text),
             tolerance=None if tolerance is None else {"float32": tolerance, "float64": tolerance},
             seed=seed,
             progress=progress.stage,
@@ -177,15 +177,3 @@ def verify(
         show.certificate(certificate, json)
     if not certificate["passed"]:
         raise typer.Exit(1)
-
-
-def _lines(file: Path | None) -> list[str] | None:
-    if file is None:
-        return None
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{file}: can't be read as text ({error}).") from error
-    if not lines:
-        raise UsageError(f"{file}: holds no text.")
-    return lines
