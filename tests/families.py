@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import (
     BertConfig,
+    DistilBertConfig,
     ElectraConfig,
     GPT2Config,
     LlamaConfig,
@@ -83,6 +84,13 @@ TESTED: dict[str, TestedFamily] = {
         lm="AutoModelForMaskedLM",
         attention=("query", "value"),
         attention_weight="attention.self.value.weight",
+        tokenizer="wordpiece",
+    ),
+    "distilbert": TestedFamily(
+        tiny=encoder(DistilBertConfig, hidden_dim=64),
+        lm="AutoModelForMaskedLM",
+        attention=("q_lin", "v_lin"),
+        attention_weight="attention.v_lin.weight",
         tokenizer="wordpiece",
     ),
     "roberta": TestedFamily(

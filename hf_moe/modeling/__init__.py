@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .configuration_bert_moe import BertMoeConfig
+from .configuration_distilbert_moe import DistilBertMoeConfig
 from .configuration_electra_moe import ElectraMoeConfig
 from .configuration_gpt2_moe import GPT2MoeConfig
 from .configuration_llama_moe import LlamaMoeConfig
@@ -18,6 +19,7 @@ from .configuration_xlm_roberta_moe import XLMRobertaMoeConfig
 
 _ALL = (
     BertMoeConfig,
+    DistilBertMoeConfig,
     ElectraMoeConfig,
     GPT2MoeConfig,
     LlamaMoeConfig,

@@ -22,8 +22,10 @@ from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_outputs import (
+    BaseModelOutput,
     BaseModelOutputWithPast,
     BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPooling,
     BaseModelOutputWithPoolingAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
     CausalLMOutputWithPast,
@@ -321,12 +323,22 @@ class RouterOutput(ModelOutput):
 
 
 @dataclass
-class MoeBaseModelOutputWithPast(RouterOutput, BaseModelOutputWithPast):
+class MoeBaseModelOutput(RouterOutput, BaseModelOutput):
     """The dense body's output with the router's fields, as are the classes below for other bodies and the heads."""
 
 
 @dataclass
+class MoeBaseModelOutputWithPast(RouterOutput, BaseModelOutputWithPast):
+    pass
+
+
+@dataclass
 class MoeBaseModelOutputWithPastAndCrossAttentions(RouterOutput, BaseModelOutputWithPastAndCrossAttentions):
+    pass
+
+
+@dataclass
+class MoeBaseModelOutputWithPooling(RouterOutput, BaseModelOutputWithPooling):
     pass
 
 
