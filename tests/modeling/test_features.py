@@ -10,8 +10,9 @@ from accelerate import infer_auto_device_map
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, StaticCache, pipeline
 
-from hf_moe.modeling.moe_layers import load_balancing_loss
-from tests.conftest import FAMILIES, batch, block_name, save_tokenizer, tiny_moe
+import hf_moe
+from hf_moe.modeling.moe_layers import TopKRouter, load_balancing_loss
+from tests.conftest import FAMILIES, batch, block_name, lm_class, save_tokenizer, tiny_moe
 from tests.families import DECODERS, TESTED
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -54,6 +55,23 @@ def test_experts_implementations_agree_in_the_whole_model(family, implementation
     model.set_experts_implementation(implementation)
     assert model.base_model.config._experts_implementation == implementation
     assert_same(gradients(model, lm_inputs(family)), expected, tolerance=1e-4)
+
+
+@every_family
+def test_dropout_is_where_the_dense_model_has_it(family, dense_folder):
+    """With every token at one expert, both draw the same random numbers in the same order."""
+    class_name = lm_class(family)
+    model = getattr(hf_moe, class_name).from_dense(dense_folder(family), num_experts=2, num_experts_per_tok=1)
+    dense = type(model).__bases__[1].from_pretrained(dense_folder(family))
+    model.set_experts_implementation("eager")
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.register_forward_hook(lambda _, args, out: (out[0], torch.ones_like(out[1]), out[2] * 0))
+    logits = []
+    for one in (model, dense):
+        torch.manual_seed(0)
+        logits.append(one.train()(**batch(family)).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
 
 
 @every_family
