@@ -1,7 +1,7 @@
 """What the tests must know of a family beside its code: one row each, and the whole suite runs on it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import (
@@ -11,6 +11,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MPNetConfig,
     PretrainedConfig,
     Qwen3Config,
     RobertaConfig,
@@ -26,6 +27,7 @@ class TestedFamily:
     attention: modules that LoRA is put on.
     attention_weight: a weight of the attention, relative to a layer.
     tokenizer: "wordpiece", "unigram" or "bpe".
+    refused: what the dense classes can't do either -> the words in which they say so.
     """
 
     __test__ = False  # for pytest, which collects classes named Test…
@@ -35,6 +37,7 @@ class TestedFamily:
     attention: tuple[str, ...]
     attention_weight: str
     tokenizer: str
+    refused: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_decoder(self) -> bool:
@@ -106,6 +109,17 @@ TESTED: dict[str, TestedFamily] = {
         attention=("query", "value"),
         attention_weight="attention.self.value.weight",
         tokenizer="unigram",
+    ),
+    "mpnet": TestedFamily(
+        tiny=encoder(MPNetConfig),
+        lm="AutoModelForMaskedLM",
+        attention=("q", "v"),
+        attention_weight="attention.attn.v.weight",
+        tokenizer="wordpiece",
+        refused={
+            "gradient checkpointing": "does not support activation checkpointing",
+            "sdpa": "does not support an attention implementation through",
+        },
     ),
     "mistral": TestedFamily(
         tiny=decoder(MistralConfig, num_key_value_heads=2),

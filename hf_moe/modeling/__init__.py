@@ -13,6 +13,7 @@ from .configuration_gpt2_moe import GPT2MoeConfig
 from .configuration_llama_moe import LlamaMoeConfig
 from .configuration_mistral_moe import MistralMoeConfig
 from .configuration_moe import MoeConfigMixin
+from .configuration_mpnet_moe import MPNetMoeConfig
 from .configuration_qwen3_moe import Qwen3MoeConfig
 from .configuration_roberta_moe import RobertaMoeConfig
 from .configuration_xlm_roberta_moe import XLMRobertaMoeConfig
@@ -23,6 +24,7 @@ _ALL = (
     ElectraMoeConfig,
     GPT2MoeConfig,
     LlamaMoeConfig,
+    MPNetMoeConfig,
     MistralMoeConfig,
     Qwen3MoeConfig,
     RobertaMoeConfig,

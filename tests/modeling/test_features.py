@@ -1,5 +1,6 @@
 """What users do with a Transformers model keeps working: generation, checkpointing, compile, PEFT, pipelines."""
 
+import contextlib
 import copy
 import logging
 
@@ -45,6 +46,12 @@ def assert_same(one, other, tolerance=1e-5):
         torch.testing.assert_close(one[1][name], other[1][name], rtol=tolerance, atol=tolerance, msg=name)
 
 
+def as_the_dense_class(family, feature):
+    """Expects the refusal, where the dense class refuses too."""
+    words = TESTED[family].refused.get(feature)
+    return pytest.raises(ValueError, match=words) if words else contextlib.nullcontext()
+
+
 @every_family
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_experts_implementations_agree_in_the_whole_model(family, implementation):
@@ -85,7 +92,10 @@ def test_experts_implementation_survives_a_dense_model_built_before(family):
 def test_gradient_checkpointing_changes_no_gradient(family):
     model = without_dropout(tiny_moe(family, router_aux_loss_coef=0.5, router_z_loss_coef=0.1)).train()
     expected = gradients(model, lm_inputs(family))
-    model.gradient_checkpointing_enable()
+    dense = type(model).__bases__[1](TESTED[family].tiny())
+    for one in (dense, model):
+        with as_the_dense_class(family, "gradient checkpointing"):
+            one.gradient_checkpointing_enable()
     assert_same(gradients(model, lm_inputs(family)), expected)
 
 
@@ -111,11 +121,14 @@ def test_an_additive_mask_is_not_taken_for_a_mask_of_tokens():
 def test_attention_implementations(family, attention, tmp_path):
     model = tiny_moe(family)
     model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path, attn_implementation=attention)
-    assert again.config._attn_implementation == attention
     inputs = batch(family)
     kept = inputs["attention_mask"].bool()
-    torch.testing.assert_close(again(**inputs).logits[kept], model(**inputs).logits[kept], rtol=1e-4, atol=1e-5)
+    with as_the_dense_class(family, attention):
+        type(model).__bases__[1](TESTED[family].tiny(attn_implementation=attention))
+    with as_the_dense_class(family, attention):
+        again = type(model).from_pretrained(tmp_path, attn_implementation=attention)
+        assert again.config._attn_implementation == attention
+        torch.testing.assert_close(again(**inputs).logits[kept], model(**inputs).logits[kept], rtol=1e-4, atol=1e-5)
 
 
 def test_attentions_and_router_logits_together():
