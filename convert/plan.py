@@ -211,7 +211,8 @@ def _layer_tensors(checkpoint, family: Family, prefix: str, num_experts: int, na
     plans: dict[str, list[TensorPlan]] = {}
     targets: dict[str, tuple[str, ...]] = {"up_proj": (family.up,), "down_proj": (family.down,)}
     if family.gate is not None:
-        targets = {"gate_up_proj": (family.gate, family.up), "down_proj": (family.down,)}
+        both = tuple(dict.fromkeys((family.gate, family.up)))  # once where one projection holds both
+        targets = {"gate_up_proj": both, "down_proj": (family.down,)}
     for target, modules in targets.items():
         for kind, suffix in (("weight", ""), ("bias", "_bias")):
             found = [f"{prefix}.{module}.{kind}" for module in modules]
