@@ -11,6 +11,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    ModernBertConfig,
     MPNetConfig,
     PretrainedConfig,
     Qwen3Config,
@@ -27,6 +28,7 @@ class TestedFamily:
     attention: modules that LoRA is put on.
     attention_weight: a weight of the attention, relative to a layer.
     tokenizer: "wordpiece", "unigram" or "bpe".
+    variants: other configurations that take other ways through the converter.
     refused: what the dense classes can't do either -> the words in which they say so.
     """
 
@@ -37,6 +39,7 @@ class TestedFamily:
     attention: tuple[str, ...]
     attention_weight: str
     tokenizer: str
+    variants: tuple[dict[str, Any], ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -81,6 +84,7 @@ TESTED: dict[str, TestedFamily] = {
         attention=("q_proj", "v_proj"),
         attention_weight="self_attn.o_proj.weight",
         tokenizer="bpe",
+        variants=({"mlp_bias": True},),
     ),
     "electra": TestedFamily(
         tiny=encoder(ElectraConfig, embedding_size=16),
@@ -109,6 +113,24 @@ TESTED: dict[str, TestedFamily] = {
         attention=("query", "value"),
         attention_weight="attention.self.value.weight",
         tokenizer="unigram",
+    ),
+    "modernbert": TestedFamily(
+        # a window that is smaller than the inputs, and a dropout inside the experts
+        tiny=encoder(
+            ModernBertConfig,
+            local_attention=8,
+            mlp_dropout=0.1,
+            pad_token_id=0,
+            bos_token_id=2,
+            cls_token_id=2,
+            eos_token_id=3,
+            sep_token_id=3,
+        ),
+        lm="AutoModelForMaskedLM",
+        attention=("Wqkv",),
+        attention_weight="attn.Wo.weight",
+        tokenizer="wordpiece",
+        variants=({"mlp_bias": True, "norm_bias": True},),
     ),
     "mpnet": TestedFamily(
         tiny=encoder(MPNetConfig),

@@ -7,12 +7,13 @@ from .family import Family
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .mistral import MISTRAL
+from .modernbert import MODERNBERT
 from .mpnet import MPNET
 from .qwen3 import QWEN3
 from .roberta import ROBERTA
 from .xlm_roberta import XLM_ROBERTA
 
-_ALL = (BERT, DISTILBERT, ELECTRA, GPT2, LLAMA, MISTRAL, MPNET, QWEN3, ROBERTA, XLM_ROBERTA)
+_ALL = (BERT, DISTILBERT, ELECTRA, GPT2, LLAMA, MISTRAL, MODERNBERT, MPNET, QWEN3, ROBERTA, XLM_ROBERTA)
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

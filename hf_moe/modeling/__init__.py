@@ -12,6 +12,7 @@ from .configuration_electra_moe import ElectraMoeConfig
 from .configuration_gpt2_moe import GPT2MoeConfig
 from .configuration_llama_moe import LlamaMoeConfig
 from .configuration_mistral_moe import MistralMoeConfig
+from .configuration_modernbert_moe import ModernBertMoeConfig
 from .configuration_moe import MoeConfigMixin
 from .configuration_mpnet_moe import MPNetMoeConfig
 from .configuration_qwen3_moe import Qwen3MoeConfig
@@ -26,6 +27,7 @@ _ALL = (
     LlamaMoeConfig,
     MPNetMoeConfig,
     MistralMoeConfig,
+    ModernBertMoeConfig,
     Qwen3MoeConfig,
     RobertaMoeConfig,
     XLMRobertaMoeConfig,

@@ -73,6 +73,12 @@ def test_every_head_is_converted_exactly(family, name, dense_folder, tmp_path):
     assert certificate["inputs"]["text"].startswith("10 texts")
 
 
+@pytest.mark.parametrize(("family", "variant"), [(name, v) for name in FAMILIES for v in TESTED[name].variants])
+def test_variants_are_converted_exactly(family, variant, dense_folder, tmp_path):
+    made = hf_moe.upcycle(dense_folder(family, **variant), tmp_path / "moe", num_experts=4)
+    assert made.certificate["passed"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
