@@ -137,6 +137,7 @@ BROKEN = {
         "'model_type' stands twice",
     ),
     "unknown architecture": (lambda f: edit_config(f, model_type="t5"), "Known are bert, "),
+    "architecture of two stacks": (lambda f: edit_config(f, model_type="t5"), "start from an encoder or a decoder"),
     "architecture that left": (lambda f: edit_config(f, model_type="transfo-xl"), "start from ModernBERT"),
     "no architecture": (lambda f: edit_config(f, model_type=None), "can't be converted"),
     "unknown head": (lambda f: edit_config(f, architectures=["BertForTea"]), "known for bert are BertForMaskedLM"),
