@@ -13,9 +13,9 @@ from .families import FAMILIES, Family
 MOE_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 TWO_STACKS = (
-    "it has two stacks of layers that see different tokens, where a table, the router's losses and the certificate "
-    "know one. Its feed-forward networks are gated or not as the configuration says, where a table says it once; start "
-    "from an encoder or a decoder"
+    "it has two stacks of layers that see different tokens, where tables, the router's losses and certificates know "
+    "one. Its feed-forward networks are gated or not as config.json says, where a table says it once; start from an "
+    "encoder or a decoder"
 )
 
 # Why a well-known architecture can't be converted; the rest only lack a table.
