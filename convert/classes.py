@@ -12,9 +12,17 @@ from .families import FAMILIES, Family
 # Marks of a configuration that describes a mixture already.
 MOE_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
+TWO_STACKS = (
+    "it has two stacks of layers that see different tokens, where tables, the router's losses and certificates know "
+    "one. Its feed-forward networks are gated or not as config.json says, where a table says it once; start from an "
+    "encoder or a decoder"
+)
+
 # Why a well-known architecture can't be converted; the rest only lack a table.
 WHY_NOT = {
     "transfo-xl": "it left Transformers with version 5; for long context start from ModernBERT",
+    "t5": TWO_STACKS,
+    "mt5": TWO_STACKS,
     "mamba": "it has no feed-forward network to replace",
 }
 

@@ -4,6 +4,8 @@ from hf_moe.auto import register_all
 from hf_moe.convert import from_dense, upcycle
 from hf_moe.modeling.modeling_bert_moe import *
 from hf_moe.modeling.modeling_bert_moe import __all__ as _bert
+from hf_moe.modeling.modeling_distilbert_moe import *
+from hf_moe.modeling.modeling_distilbert_moe import __all__ as _distilbert
 from hf_moe.modeling.modeling_electra_moe import *
 from hf_moe.modeling.modeling_electra_moe import __all__ as _electra
 from hf_moe.modeling.modeling_gpt2_moe import *
@@ -12,7 +14,11 @@ from hf_moe.modeling.modeling_llama_moe import *
 from hf_moe.modeling.modeling_llama_moe import __all__ as _llama
 from hf_moe.modeling.modeling_mistral_moe import *
 from hf_moe.modeling.modeling_mistral_moe import __all__ as _mistral
+from hf_moe.modeling.modeling_modernbert_moe import *
+from hf_moe.modeling.modeling_modernbert_moe import __all__ as _modernbert
 from hf_moe.modeling.modeling_moe import MoePreTrainedModelMixin
+from hf_moe.modeling.modeling_mpnet_moe import *
+from hf_moe.modeling.modeling_mpnet_moe import __all__ as _mpnet
 from hf_moe.modeling.modeling_qwen3_moe import *
 from hf_moe.modeling.modeling_qwen3_moe import __all__ as _qwen3
 from hf_moe.modeling.modeling_roberta_moe import *
@@ -22,7 +28,19 @@ from hf_moe.modeling.modeling_xlm_roberta_moe import __all__ as _xlm_roberta
 from hf_moe.version import __version__
 
 __all__ = ["__version__", "upcycle"]
-__all__ += [*_bert, *_electra, *_gpt2, *_llama, *_mistral, *_qwen3, *_roberta, *_xlm_roberta]
+__all__ += [
+    *_bert,
+    *_distilbert,
+    *_electra,
+    *_gpt2,
+    *_llama,
+    *_mistral,
+    *_modernbert,
+    *_mpnet,
+    *_qwen3,
+    *_roberta,
+    *_xlm_roberta,
+]
 
 register_all()
 MoePreTrainedModelMixin.from_dense = classmethod(from_dense)

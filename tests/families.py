@@ -1,15 +1,18 @@
 """What the tests must know of a family beside its code: one row each, and the whole suite runs on it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import (
     BertConfig,
+    DistilBertConfig,
     ElectraConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    ModernBertConfig,
+    MPNetConfig,
     PretrainedConfig,
     Qwen3Config,
     RobertaConfig,
@@ -25,6 +28,8 @@ class TestedFamily:
     attention: modules that LoRA is put on.
     attention_weight: a weight of the attention, relative to a layer.
     tokenizer: "wordpiece", "unigram" or "bpe".
+    variants: other configurations that take other ways through the converter.
+    refused: what the dense classes can't do either -> the words in which they say so.
     """
 
     __test__ = False  # for pytest, which collects classes named Test…
@@ -34,6 +39,8 @@ class TestedFamily:
     attention: tuple[str, ...]
     attention_weight: str
     tokenizer: str
+    variants: tuple[dict[str, Any], ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_decoder(self) -> bool:
@@ -77,12 +84,20 @@ TESTED: dict[str, TestedFamily] = {
         attention=("q_proj", "v_proj"),
         attention_weight="self_attn.o_proj.weight",
         tokenizer="bpe",
+        variants=({"mlp_bias": True},),
     ),
     "electra": TestedFamily(
         tiny=encoder(ElectraConfig, embedding_size=16),
         lm="AutoModelForMaskedLM",
         attention=("query", "value"),
         attention_weight="attention.self.value.weight",
+        tokenizer="wordpiece",
+    ),
+    "distilbert": TestedFamily(
+        tiny=encoder(DistilBertConfig, hidden_dim=64),
+        lm="AutoModelForMaskedLM",
+        attention=("q_lin", "v_lin"),
+        attention_weight="attention.v_lin.weight",
         tokenizer="wordpiece",
     ),
     "roberta": TestedFamily(
@@ -98,6 +113,35 @@ TESTED: dict[str, TestedFamily] = {
         attention=("query", "value"),
         attention_weight="attention.self.value.weight",
         tokenizer="unigram",
+    ),
+    "modernbert": TestedFamily(
+        # a window that is smaller than the inputs, and a dropout inside the experts
+        tiny=encoder(
+            ModernBertConfig,
+            local_attention=8,
+            mlp_dropout=0.1,
+            pad_token_id=0,
+            bos_token_id=2,
+            cls_token_id=2,
+            eos_token_id=3,
+            sep_token_id=3,
+        ),
+        lm="AutoModelForMaskedLM",
+        attention=("Wqkv",),
+        attention_weight="attn.Wo.weight",
+        tokenizer="wordpiece",
+        variants=({"mlp_bias": True, "norm_bias": True},),
+    ),
+    "mpnet": TestedFamily(
+        tiny=encoder(MPNetConfig),
+        lm="AutoModelForMaskedLM",
+        attention=("q", "v"),
+        attention_weight="attention.attn.v.weight",
+        tokenizer="wordpiece",
+        refused={
+            "gradient checkpointing": "does not support activation checkpointing",
+            "sdpa": "does not support an attention implementation through",
+        },
     ),
     "mistral": TestedFamily(
         tiny=decoder(MistralConfig, num_key_value_heads=2),

@@ -1,16 +1,19 @@
 """The architectures that can be converted: dense `model_type` -> table."""
 
 from .bert import BERT
+from .distilbert import DISTILBERT
 from .electra import ELECTRA
 from .family import Family
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .mistral import MISTRAL
+from .modernbert import MODERNBERT
+from .mpnet import MPNET
 from .qwen3 import QWEN3
 from .roberta import ROBERTA
 from .xlm_roberta import XLM_ROBERTA
 
-_ALL = (BERT, ELECTRA, GPT2, LLAMA, MISTRAL, QWEN3, ROBERTA, XLM_ROBERTA)
+_ALL = (BERT, DISTILBERT, ELECTRA, GPT2, LLAMA, MISTRAL, MODERNBERT, MPNET, QWEN3, ROBERTA, XLM_ROBERTA)
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

@@ -7,21 +7,27 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .configuration_bert_moe import BertMoeConfig
+from .configuration_distilbert_moe import DistilBertMoeConfig
 from .configuration_electra_moe import ElectraMoeConfig
 from .configuration_gpt2_moe import GPT2MoeConfig
 from .configuration_llama_moe import LlamaMoeConfig
 from .configuration_mistral_moe import MistralMoeConfig
+from .configuration_modernbert_moe import ModernBertMoeConfig
 from .configuration_moe import MoeConfigMixin
+from .configuration_mpnet_moe import MPNetMoeConfig
 from .configuration_qwen3_moe import Qwen3MoeConfig
 from .configuration_roberta_moe import RobertaMoeConfig
 from .configuration_xlm_roberta_moe import XLMRobertaMoeConfig
 
 _ALL = (
     BertMoeConfig,
+    DistilBertMoeConfig,
     ElectraMoeConfig,
     GPT2MoeConfig,
     LlamaMoeConfig,
+    MPNetMoeConfig,
     MistralMoeConfig,
+    ModernBertMoeConfig,
     Qwen3MoeConfig,
     RobertaMoeConfig,
     XLMRobertaMoeConfig,

@@ -22,8 +22,10 @@ from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_outputs import (
+    BaseModelOutput,
     BaseModelOutputWithPast,
     BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPooling,
     BaseModelOutputWithPoolingAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
     CausalLMOutputWithPast,
@@ -36,7 +38,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.utils import ModelOutput, logging
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
+from transformers.utils.output_capturing import capture_outputs, maybe_install_capturing_hooks
 
 from .moe_layers import MoeBlock, MoeExperts, TopKRouter, load_balancing_loss, router_z_loss
 
@@ -154,6 +156,40 @@ def head_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
         return _as_requested(self, output_class(**outputs), return_dict)
 
     return _own(forward, dense_forward, output_class)
+
+
+def capturing(dense_forward: Callable) -> Callable:
+    """For `body_forward`: the `forward` of a dense body from before Transformers' output capturing, with it."""
+
+    @functools.wraps(dense_forward)
+    def forward(self, **kwargs):
+        return dense_forward(self, **kwargs, return_dict=True)
+
+    return capture_outputs(forward)
+
+
+def handing_on(dense_forward: Callable) -> Callable:
+    """For `head_forward`: the `forward` of a dense head that keeps keyword arguments from its body, handing on the
+    one that matters."""
+
+    @functools.wraps(dense_forward)
+    def forward(self, *, router_state: RouterState | None, **kwargs):
+        return dense_forward(_HandingOn(self, router_state), **kwargs)
+
+    return forward
+
+
+class _HandingOn:
+    """Stands for a head in its dense `forward`; its body gets `router_state` with every call."""
+
+    def __init__(self, model, router_state: RouterState | None):
+        self._model, self._router_state = model, router_state
+
+    def __getattr__(self, name):
+        value = getattr(self._model, name)
+        if value is self._model.base_model:
+            return functools.partial(value, router_state=self._router_state)
+        return value
 
 
 def _own(forward: Callable, dense_forward: Callable, output_class: type[ModelOutput]) -> Callable:
@@ -321,12 +357,22 @@ class RouterOutput(ModelOutput):
 
 
 @dataclass
-class MoeBaseModelOutputWithPast(RouterOutput, BaseModelOutputWithPast):
+class MoeBaseModelOutput(RouterOutput, BaseModelOutput):
     """The dense body's output with the router's fields, as are the classes below for other bodies and the heads."""
 
 
 @dataclass
+class MoeBaseModelOutputWithPast(RouterOutput, BaseModelOutputWithPast):
+    pass
+
+
+@dataclass
 class MoeBaseModelOutputWithPastAndCrossAttentions(RouterOutput, BaseModelOutputWithPastAndCrossAttentions):
+    pass
+
+
+@dataclass
+class MoeBaseModelOutputWithPooling(RouterOutput, BaseModelOutputWithPooling):
     pass
 
 

@@ -19,7 +19,7 @@ from hf_moe.convert.writer import split
 from hf_moe.errors import UsageError
 from hf_moe.modeling import CONFIGS
 from hf_moe.recipe import UpcycleRecipe, parse_layers
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, block_name
 from tests.families import TESTED
 
 HEADS = [(family, name) for family in FAMILIES for name in sorted(moe_classes(TABLES[family]))]
@@ -74,6 +74,12 @@ def test_every_head_is_converted_exactly(family, name, dense_folder, tmp_path):
     assert certificate["inputs"]["text"].startswith("10 texts")
 
 
+@pytest.mark.parametrize(("family", "variant"), [(name, v) for name in FAMILIES for v in TESTED[name].variants])
+def test_variants_are_converted_exactly(family, variant, dense_folder, tmp_path):
+    made = hf_moe.upcycle(dense_folder(family, **variant), tmp_path / "moe", num_experts=4)
+    assert made.certificate["passed"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -97,7 +103,7 @@ def test_experts_are_copies_and_noise_is_seeded(family, dense_folder, tmp_path):
             "other": {"noise_std": 0.1, "seed": 1},
         }.items()
     }
-    [down] = [name for name in made["copies"] if name.endswith("0.mlp.experts.down_proj")]
+    [down] = [name for name in made["copies"] if name.endswith(f"0.{block_name(family)}.experts.down_proj")]
     copies, noisy = made["copies"][down], made["noisy"][down]
     assert all(torch.equal(copies[0], expert) for expert in copies)
     deviation = (noisy - copies).std() / copies[0].std()

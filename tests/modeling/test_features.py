@@ -1,5 +1,6 @@
 """What users do with a Transformers model keeps working: generation, checkpointing, compile, PEFT, pipelines."""
 
+import contextlib
 import copy
 import logging
 
@@ -10,8 +11,9 @@ from accelerate import infer_auto_device_map
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, StaticCache, pipeline
 
-from hf_moe.modeling.moe_layers import load_balancing_loss
-from tests.conftest import FAMILIES, batch, save_tokenizer, tiny_moe
+import hf_moe
+from hf_moe.modeling.moe_layers import TopKRouter, load_balancing_loss
+from tests.conftest import FAMILIES, batch, block_name, lm_class, save_tokenizer, tiny_moe
 from tests.families import DECODERS, TESTED
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -44,6 +46,12 @@ def assert_same(one, other, tolerance=1e-5):
         torch.testing.assert_close(one[1][name], other[1][name], rtol=tolerance, atol=tolerance, msg=name)
 
 
+def as_the_dense_class(family, feature):
+    """Expects the refusal, where the dense class refuses too."""
+    words = TESTED[family].refused.get(feature)
+    return pytest.raises(ValueError, match=words) if words else contextlib.nullcontext()
+
+
 @every_family
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_experts_implementations_agree_in_the_whole_model(family, implementation):
@@ -57,6 +65,23 @@ def test_experts_implementations_agree_in_the_whole_model(family, implementation
 
 
 @every_family
+def test_dropout_is_where_the_dense_model_has_it(family, dense_folder):
+    """With every token at one expert, both draw the same random numbers in the same order."""
+    class_name = lm_class(family)
+    model = getattr(hf_moe, class_name).from_dense(dense_folder(family), num_experts=2, num_experts_per_tok=1)
+    dense = type(model).__bases__[1].from_pretrained(dense_folder(family))
+    model.set_experts_implementation("eager")
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.register_forward_hook(lambda _, args, out: (out[0], torch.ones_like(out[1]), out[2] * 0))
+    logits = []
+    for one in (model, dense):
+        torch.manual_seed(0)
+        logits.append(one.train()(**batch(family)).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+
+
+@every_family
 def test_experts_implementation_survives_a_dense_model_built_before(family):
     model = tiny_moe(family)
     type(model).__bases__[1](TESTED[family].tiny())
@@ -67,7 +92,10 @@ def test_experts_implementation_survives_a_dense_model_built_before(family):
 def test_gradient_checkpointing_changes_no_gradient(family):
     model = without_dropout(tiny_moe(family, router_aux_loss_coef=0.5, router_z_loss_coef=0.1)).train()
     expected = gradients(model, lm_inputs(family))
-    model.gradient_checkpointing_enable()
+    dense = type(model).__bases__[1](TESTED[family].tiny())
+    for one in (dense, model):
+        with as_the_dense_class(family, "gradient checkpointing"):
+            one.gradient_checkpointing_enable()
     assert_same(gradients(model, lm_inputs(family)), expected)
 
 
@@ -93,11 +121,14 @@ def test_an_additive_mask_is_not_taken_for_a_mask_of_tokens():
 def test_attention_implementations(family, attention, tmp_path):
     model = tiny_moe(family)
     model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path, attn_implementation=attention)
-    assert again.config._attn_implementation == attention
     inputs = batch(family)
     kept = inputs["attention_mask"].bool()
-    torch.testing.assert_close(again(**inputs).logits[kept], model(**inputs).logits[kept], rtol=1e-4, atol=1e-5)
+    with as_the_dense_class(family, attention):
+        type(model).__bases__[1](TESTED[family].tiny(attn_implementation=attention))
+    with as_the_dense_class(family, attention):
+        again = type(model).from_pretrained(tmp_path, attn_implementation=attention)
+        assert again.config._attn_implementation == attention
+        torch.testing.assert_close(again(**inputs).logits[kept], model(**inputs).logits[kept], rtol=1e-4, atol=1e-5)
 
 
 def test_attentions_and_router_logits_together():
@@ -260,8 +291,9 @@ def test_a_partial_load_initialises_what_is_missing(family, tmp_path):
     model = tiny_moe(family)
     model.save_pretrained(tmp_path)
     more_layers, info = type(model).from_pretrained(tmp_path, moe_layers=[0, 1, 2], output_loading_info=True)
-    missing = {name.rpartition("mlp.")[2] for name in info["missing_keys"]}
-    experts = {n.rpartition("mlp.")[2] for n in model.state_dict() if ".mlp.experts." in n}
+    block = block_name(family)
+    missing = {name.rpartition(f"{block}.")[2] for name in info["missing_keys"]}
+    experts = {n.rpartition(f"{block}.")[2] for n in model.state_dict() if f".{block}.experts." in n}
     assert missing == {"gate.weight", *experts}
     assert len(experts) >= 2
     states = more_layers.state_dict()
@@ -283,10 +315,11 @@ def test_deepcopy(family):
 def test_peft_trains_saves_loads_and_merges(family, target, tmp_path):
     model = tiny_moe(family)
     model.save_pretrained(tmp_path / "base")
-    up = expert_name(model).rpartition("mlp.")[2]
+    block = block_name(family)
+    up = expert_name(model).rpartition(f"{block}.")[2]
     options = {
         "attention": {"target_modules": list(TESTED[family].attention)},
-        "experts": {"target_modules": [], "target_parameters": [f"mlp.{up}", "mlp.experts.down_proj"]},
+        "experts": {"target_modules": [], "target_parameters": [f"{block}.{up}", f"{block}.experts.down_proj"]},
         "router": {"target_modules": list(TESTED[family].attention), "modules_to_save": ["gate"]},
     }[target]
     peft_model = get_peft_model(model, LoraConfig(r=4, lora_dropout=0.0, **options))

@@ -63,6 +63,8 @@ HEADS = [
     ("llama", "LlamaMoeForCausalLM"),
     ("llama", "LlamaMoeForSequenceClassification"),
     ("llama", "LlamaMoeForTokenClassification"),
+    ("modernbert", "ModernBertMoeForMaskedLM"),
+    ("mpnet", "MPNetMoeForMaskedLM"),
 ]
 BALANCED = {"router_aux_loss_coef": 1.0, "router_z_loss_coef": 1.0}
 TASK_ONLY = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
