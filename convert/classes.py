@@ -62,7 +62,7 @@ def moe_classes(family: Family) -> dict[str, type[PreTrainedModel]]:
 def find_classes(checkpoint: Checkpoint, family: Family) -> tuple[type[PreTrainedModel], type[PreTrainedModel]]:
     """The dense class that a checkpoint names (its body, if it names none), and the mixture's."""
     known = moe_classes(family)
-    architectures = checkpoint.config.get("architectures") or [body_name(family)]
+    architectures = checkpoint.config.get("architectures") or [body_classes(family)[0].__name__]
     if not isinstance(architectures, list) or architectures[0] not in known:
         raise SourceError(
             f"{checkpoint.path}: config.json names the class {architectures!r}; known for {family.model_type} are "
@@ -71,7 +71,8 @@ def find_classes(checkpoint: Checkpoint, family: Family) -> tuple[type[PreTraine
     return getattr(transformers, architectures[0]), known[architectures[0]]
 
 
-def body_name(family: Family) -> str:
-    """Name of the family's dense class without a head."""
+def body_classes(family: Family) -> tuple[type[PreTrainedModel], type[PreTrainedModel]]:
+    """The family's dense class without a head, and the mixture's."""
     moe_name = family.config_class.auto_classes["AutoModel"]
-    return next(name for name, cls in moe_classes(family).items() if cls.__name__ == moe_name)
+    name, moe_class = next(item for item in moe_classes(family).items() if item[1].__name__ == moe_name)
+    return getattr(transformers, name), moe_class

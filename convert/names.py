@@ -57,6 +57,15 @@ def match_names(checkpoint: Checkpoint, family: Family, dense_class, dense_confi
     return names, dropped, problems
 
 
+def lacks_head(checkpoint: Checkpoint, family: Family, dense_class, expected, tied: set[str]) -> bool:
+    """Whether the folder holds a body only, though its configuration names a head: as sentence encoders often do."""
+    prefix = dense_class.base_model_prefix
+    own = {name for name in expected if name not in tied and not name.startswith(f"{prefix}.")}
+    if not own or len(own) == len(expected):  # a head that is tied to the body; a body
+        return False
+    return not any(_current_name(source, family, prefix, expected) in own for source in checkpoint.tensors)
+
+
 def _current_name(source: str, family: Family, prefix: str, expected: Iterable[str]) -> str:
     """`source` by today's name: old endings renamed, the body's prefix added or taken away as the class has it."""
     for old, new in family.renamed.items():

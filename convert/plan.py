@@ -20,11 +20,11 @@ from hf_moe.errors import HfMoeError, SourceError, UsageError
 from hf_moe.recipe import UpcycleRecipe, parse_layers
 
 from .checkpoint import Checkpoint
-from .classes import body_name, find_classes, find_family
+from .classes import body_classes, find_classes, find_family
 from .families import Family
 from .forms import Form, our_form
 from .headers import DTYPES, SAFETENSORS_NAMES
-from .names import check_layer_count, match_names, tensors_of
+from .names import check_layer_count, lacks_head, match_names, tensors_of
 from .network import KINDS, Network, Source, find_network
 from .quiet import quiet
 from .scheme import Exactness, Scheme, scheme_of
@@ -130,12 +130,17 @@ def _plan(checkpoint: Checkpoint, recipe: UpcycleRecipe) -> Plan:
     layers = parse_layers(recipe.moe_layers, dense_config.num_hidden_layers)
 
     expected, tied = tensors_of(dense_class, dense_config)
+    notes = list(_notes(recipe))
+    if lacks_head(checkpoint, family, dense_class, expected, tied):
+        notes.append(f"config.json names {dense_class.__name__}, but its head is not here: the body is converted.")
+        dense_class, moe_class = body_classes(family)
+        expected, tied = tensors_of(dense_class, dense_config)
     names, dropped, problems = match_names(checkpoint, family, dense_class, dense_config, expected, tied)
     if problems:
         return Plan(recipe=recipe, problems=tuple(problems))
     dtype = None if recipe.dtype is None else SAFETENSORS_NAMES[getattr(torch, recipe.dtype)]
     source = Source(checkpoint, names, dtype, recipe.allow_nonfinite)
-    body = "" if dense_class.__name__ == body_name(family) else f"{dense_class.base_model_prefix}."
+    body = "" if dense_class is body_classes(family)[0] else f"{dense_class.base_model_prefix}."
     networks = {layer: find_network(family, layer, body, names) for layer in layers}
     schemes = {layer: _scheme(recipe, source, network) for layer, network in networks.items()}
     form = our_form(family.gate is not None)
@@ -154,7 +159,7 @@ def _plan(checkpoint: Checkpoint, recipe: UpcycleRecipe) -> Plan:
         tensors=tuple(tensors),
         dropped=dropped,
         exactness=schemes[layers[0]].exactness,
-        notes=tuple(_notes(recipe)),
+        notes=tuple(notes),
         problems=tuple(_check_target(tensors, moe_class, config, names)),
     )
 

@@ -12,7 +12,7 @@ from transformers import AutoModel
 import hf_moe
 from hf_moe.convert import open_checkpoint, plan_upcycle
 from hf_moe.recipe import UpcycleRecipe
-from tests.conftest import batch
+from tests.conftest import batch, dense_classes
 
 
 def copied(folder, to):
@@ -151,3 +151,16 @@ def test_a_plan_reads_headers_only(dense_folder, monkeypatch):
     plan = plan_upcycle(checkpoint, UpcycleRecipe(base_model="x"))
     assert not plan.problems
     assert plan.tensors
+
+
+def test_a_body_whose_configuration_names_a_head(dense_folder, tmp_path):
+    """As sentence encoders lie on the Hub: the class they were pretrained with is named, its head left out."""
+    dense = tmp_path / "dense"
+    body = dense_classes("bert")["BertModel"].from_pretrained(dense_folder("bert"))
+    body.save_pretrained(dense)
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
+    made = upcycled(dense, tmp_path)
+    assert made.certificate["passed"]
+    assert made.certificate["moe"]["class"] == "BertMoeModel"
+    assert any("its head is not here" in note for note in made.plan.notes)
