@@ -27,8 +27,15 @@ _ALL = (
     XLMRobertaMoeConfig,
 )
 
+
+def dense_type(config_class: type[MoeConfigMixin]) -> str:
+    """`model_type` of the dense family. (The mixture's can't always be read back to it: Transformers has a
+    `qwen2_moe` of its own.)"""
+    return config_class.__bases__[1].model_type  # type: ignore[attr-defined]
+
+
 # Dense `model_type` -> the mixture's configuration.
-CONFIGS: dict[str, type[MoeConfigMixin]] = {config.model_type.removesuffix("_moe"): config for config in _ALL}
+CONFIGS: dict[str, type[MoeConfigMixin]] = {dense_type(config): config for config in _ALL}
 
 
 def modeling_module(config_class: type[MoeConfigMixin]) -> Any:
