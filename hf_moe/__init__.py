@@ -13,6 +13,8 @@ from hf_moe.modeling.modeling_llama_moe import __all__ as _llama
 from hf_moe.modeling.modeling_mistral_moe import *
 from hf_moe.modeling.modeling_mistral_moe import __all__ as _mistral
 from hf_moe.modeling.modeling_moe import MoePreTrainedModelMixin
+from hf_moe.modeling.modeling_qwen2_moe import *
+from hf_moe.modeling.modeling_qwen2_moe import __all__ as _qwen2
 from hf_moe.modeling.modeling_qwen3_moe import *
 from hf_moe.modeling.modeling_qwen3_moe import __all__ as _qwen3
 from hf_moe.modeling.modeling_roberta_moe import *
@@ -22,7 +24,7 @@ from hf_moe.modeling.modeling_xlm_roberta_moe import __all__ as _xlm_roberta
 from hf_moe.version import __version__
 
 __all__ = ["__version__", "upcycle"]
-__all__ += [*_bert, *_electra, *_gpt2, *_llama, *_mistral, *_qwen3, *_roberta, *_xlm_roberta]
+__all__ += [*_bert, *_electra, *_gpt2, *_llama, *_mistral, *_qwen2, *_qwen3, *_roberta, *_xlm_roberta]
 
 register_all()
 MoePreTrainedModelMixin.from_dense = classmethod(from_dense)

@@ -1,7 +1,7 @@
 """What the tests must know of a family beside its code: one row each, and the whole suite runs on it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import (
@@ -11,6 +11,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
+    Qwen2Config,
     Qwen3Config,
     RobertaConfig,
     XLMRobertaConfig,
@@ -25,6 +26,7 @@ class TestedFamily:
     attention: modules that LoRA is put on.
     attention_weight: a weight of the attention, relative to a layer.
     tokenizer: "wordpiece", "unigram" or "bpe".
+    not_heads: Auto classes that Transformers lists for the family, but whose class is another family's -> why.
     """
 
     __test__ = False  # for pytest, which collects classes named Test…
@@ -34,6 +36,7 @@ class TestedFamily:
     attention: tuple[str, ...]
     attention_weight: str
     tokenizer: str
+    not_heads: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_decoder(self) -> bool:
@@ -105,6 +108,16 @@ TESTED: dict[str, TestedFamily] = {
         attention=("q_proj", "v_proj"),
         attention_weight="self_attn.o_proj.weight",
         tokenizer="bpe",
+    ),
+    "qwen2": TestedFamily(
+        tiny=decoder(
+            Qwen2Config, num_key_value_heads=2, use_sliding_window=True, sliding_window=6, max_window_layers=1
+        ),
+        lm="AutoModelForCausalLM",
+        attention=("q_proj", "v_proj"),
+        attention_weight="self_attn.o_proj.weight",
+        tokenizer="bpe",
+        not_heads={"AutoModelForDecision": "JevForDecision has a JevConfig; Qwen2 may be the body inside it"},
     ),
     "qwen3": TestedFamily(
         tiny=decoder(Qwen3Config, num_key_value_heads=2, head_dim=8),

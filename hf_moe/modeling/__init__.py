@@ -12,6 +12,7 @@ from .configuration_gpt2_moe import GPT2MoeConfig
 from .configuration_llama_moe import LlamaMoeConfig
 from .configuration_mistral_moe import MistralMoeConfig
 from .configuration_moe import MoeConfigMixin
+from .configuration_qwen2_moe import Qwen2UpcycledMoeConfig
 from .configuration_qwen3_moe import Qwen3UpcycledMoeConfig
 from .configuration_roberta_moe import RobertaMoeConfig
 from .configuration_xlm_roberta_moe import XLMRobertaMoeConfig
@@ -22,6 +23,7 @@ _ALL = (
     GPT2MoeConfig,
     LlamaMoeConfig,
     MistralMoeConfig,
+    Qwen2UpcycledMoeConfig,
     Qwen3UpcycledMoeConfig,
     RobertaMoeConfig,
     XLMRobertaMoeConfig,
