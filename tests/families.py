@@ -8,6 +8,7 @@ from transformers import (
     BertConfig,
     ElectraConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
@@ -26,6 +27,8 @@ class TestedFamily:
     attention: modules that LoRA is put on.
     attention_weight: a weight of the attention, relative to a layer.
     tokenizer: "wordpiece", "unigram" or "bpe".
+    variants: other configurations of the architecture, which must be converted as exactly.
+    old_buffers: constants, by their names in the body, that checkpoints of older Transformers hold.
     not_heads: Auto classes that Transformers lists for the family, but whose class is another family's -> why.
     """
 
@@ -36,6 +39,8 @@ class TestedFamily:
     attention: tuple[str, ...]
     attention_weight: str
     tokenizer: str
+    variants: tuple[dict[str, Any], ...] = ()
+    old_buffers: tuple[str, ...] = ()
     not_heads: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -73,6 +78,20 @@ TESTED: dict[str, TestedFamily] = {
         attention=("c_attn",),
         attention_weight="attn.c_proj.weight",
         tokenizer="bpe",
+        old_buffers=("h.0.attn.bias", "h.0.attn.masked_bias"),
+    ),
+    "gpt_neox": TestedFamily(
+        tiny=decoder(GPTNeoXConfig),
+        lm="AutoModelForCausalLM",
+        attention=("query_key_value",),
+        attention_weight="attention.dense.weight",
+        tokenizer="bpe",
+        variants=({"use_parallel_residual": False},),
+        old_buffers=(
+            "layers.0.attention.bias",
+            "layers.0.attention.masked_bias",
+            "layers.0.attention.rotary_emb.inv_freq",
+        ),
     ),
     "llama": TestedFamily(
         tiny=decoder(LlamaConfig, num_key_value_heads=2),
@@ -80,6 +99,8 @@ TESTED: dict[str, TestedFamily] = {
         attention=("q_proj", "v_proj"),
         attention_weight="self_attn.o_proj.weight",
         tokenizer="bpe",
+        variants=({"mlp_bias": True, "attention_bias": True},),
+        old_buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
     ),
     "electra": TestedFamily(
         tiny=encoder(ElectraConfig, embedding_size=16),
@@ -117,6 +138,7 @@ TESTED: dict[str, TestedFamily] = {
         attention=("q_proj", "v_proj"),
         attention_weight="self_attn.o_proj.weight",
         tokenizer="bpe",
+        variants=({"use_sliding_window": False},),
         not_heads={"AutoModelForDecision": "JevForDecision has a JevConfig; Qwen2 may be the body inside it"},
     ),
     "qwen3": TestedFamily(

@@ -4,6 +4,7 @@ from .bert import BERT
 from .electra import ELECTRA
 from .family import Family
 from .gpt2 import GPT2
+from .gpt_neox import GPT_NEOX
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .qwen2 import QWEN2
@@ -11,7 +12,7 @@ from .qwen3 import QWEN3
 from .roberta import ROBERTA
 from .xlm_roberta import XLM_ROBERTA
 
-_ALL = (BERT, ELECTRA, GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, ROBERTA, XLM_ROBERTA)
+_ALL = (BERT, ELECTRA, GPT2, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, ROBERTA, XLM_ROBERTA)
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

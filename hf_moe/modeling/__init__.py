@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from .configuration_bert_moe import BertMoeConfig
 from .configuration_electra_moe import ElectraMoeConfig
 from .configuration_gpt2_moe import GPT2MoeConfig
+from .configuration_gpt_neox_moe import GPTNeoXMoeConfig
 from .configuration_llama_moe import LlamaMoeConfig
 from .configuration_mistral_moe import MistralMoeConfig
 from .configuration_moe import MoeConfigMixin
@@ -21,6 +22,7 @@ _ALL = (
     BertMoeConfig,
     ElectraMoeConfig,
     GPT2MoeConfig,
+    GPTNeoXMoeConfig,
     LlamaMoeConfig,
     MistralMoeConfig,
     Qwen2UpcycledMoeConfig,

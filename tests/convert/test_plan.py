@@ -73,6 +73,15 @@ def test_every_head_is_converted_exactly(family, name, dense_folder, tmp_path):
     assert certificate["inputs"]["text"].startswith("10 texts")
 
 
+@pytest.mark.parametrize(
+    ("family", "config"), [(family, config) for family, row in TESTED.items() for config in row.variants]
+)
+def test_variants_are_converted_exactly(family, config, dense_folder, tmp_path):
+    made = hf_moe.upcycle(dense_folder(family, **config), tmp_path / "moe", num_experts=4, moe_layers=[0, 2])
+    assert made.certificate["passed"]
+    assert made.certificate["float64"]["max_rel"] <= 1e-12
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
