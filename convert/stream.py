@@ -73,10 +73,11 @@ def _experts(tensor: TensorPlan, plan: Plan, checkpoint: Checkpoint) -> Iterator
 
 
 def _router(tensor: TensorPlan, plan: Plan, checkpoint: Checkpoint) -> Iterator[torch.Tensor]:
+    assert plan.family is not None  # as in every plan without problems
     norm = [_read(source, plan, checkpoint) for source in tensor.sources]
     rows = calibrated_normal(
         tensor.shape[0],
-        norm[0],
+        norm[0].float() + plan.family.norm_offset if norm else torch.ones(tensor.shape[1]),
         norm[1] if len(norm) > 1 else None,
         plan.recipe.router_logit_std,
         _generator(tensor, plan),

@@ -18,7 +18,7 @@ from hf_moe.convert.routers import calibrated_normal
 from hf_moe.errors import UsageError
 from hf_moe.modeling import CONFIGS
 from hf_moe.recipe import UpcycleRecipe, parse_layers
-from tests.conftest import FAMILIES, block_name
+from tests.conftest import FAMILIES, batch, block_name
 from tests.families import TESTED
 
 HEADS = [(family, name) for family in FAMILIES for name in sorted(moe_classes(TABLES[family]))]
@@ -115,6 +115,18 @@ def test_experts_are_copies_and_noise_is_seeded(family, dense_folder, tmp_path):
     assert not torch.equal(noisy, made["other"][down])
     biases = [name for name in made["copies"] if name.endswith("_bias")]
     assert all(torch.equal(made["noisy"][name], made["copies"][name]) for name in biases)
+
+
+@pytest.mark.parametrize(
+    ("family", "config"), [(family, config) for family, row in TESTED.items() for config in ({}, *row.variants)]
+)
+def test_the_router_is_calibrated_on_what_it_reads(family, config, dense_folder, tmp_path):
+    made = hf_moe.upcycle(dense_folder(family, **config), tmp_path / "moe", num_experts=64, verify=False)
+    model = made.plan.moe_class.from_pretrained(made.path).eval()
+    with torch.no_grad():
+        router_logits = model(**batch(family, rows=8, padding=False), output_router_logits=True).router_logits
+    for logits in router_logits:
+        assert 0.05 < logits.std(0).mean() < 0.2, "0.1 was asked for"
 
 
 def test_noise_is_no_exact_start_and_says_so(dense_folder, tmp_path):
