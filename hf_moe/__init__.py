@@ -6,6 +6,8 @@ from hf_moe.modeling.modeling_bert_moe import *
 from hf_moe.modeling.modeling_bert_moe import __all__ as _bert
 from hf_moe.modeling.modeling_electra_moe import *
 from hf_moe.modeling.modeling_electra_moe import __all__ as _electra
+from hf_moe.modeling.modeling_gemma2_moe import *
+from hf_moe.modeling.modeling_gemma2_moe import __all__ as _gemma2
 from hf_moe.modeling.modeling_gpt2_moe import *
 from hf_moe.modeling.modeling_gpt2_moe import __all__ as _gpt2
 from hf_moe.modeling.modeling_gpt_neox_moe import *
@@ -26,7 +28,19 @@ from hf_moe.modeling.modeling_xlm_roberta_moe import __all__ as _xlm_roberta
 from hf_moe.version import __version__
 
 __all__ = ["__version__", "upcycle"]
-__all__ += [*_bert, *_electra, *_gpt2, *_gpt_neox, *_llama, *_mistral, *_qwen2, *_qwen3, *_roberta, *_xlm_roberta]
+__all__ += [
+    *_bert,
+    *_electra,
+    *_gemma2,
+    *_gpt2,
+    *_gpt_neox,
+    *_llama,
+    *_mistral,
+    *_qwen2,
+    *_qwen3,
+    *_roberta,
+    *_xlm_roberta,
+]
 
 register_all()
 MoePreTrainedModelMixin.from_dense = classmethod(from_dense)

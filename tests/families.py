@@ -7,6 +7,7 @@ from typing import Any
 from transformers import (
     BertConfig,
     ElectraConfig,
+    Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -27,6 +28,7 @@ class TestedFamily:
     attention: modules that LoRA is put on.
     attention_weight: a weight of the attention, relative to a layer.
     tokenizer: "wordpiece", "unigram" or "bpe".
+    attention_implementations: those that the dense family has, and that run everywhere.
     variants: other configurations of the architecture, which must be converted as exactly.
     old_buffers: constants, by their names in the body, that checkpoints of older Transformers hold.
     not_heads: Auto classes that Transformers lists for the family, but whose class is another family's -> why.
@@ -39,6 +41,7 @@ class TestedFamily:
     attention: tuple[str, ...]
     attention_weight: str
     tokenizer: str
+    attention_implementations: tuple[str, ...] = ("sdpa", "eager")
     variants: tuple[dict[str, Any], ...] = ()
     old_buffers: tuple[str, ...] = ()
     not_heads: dict[str, str] = field(default_factory=dict)
@@ -101,6 +104,15 @@ TESTED: dict[str, TestedFamily] = {
         tokenizer="bpe",
         variants=({"mlp_bias": True, "attention_bias": True},),
         old_buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+    ),
+    "gemma2": TestedFamily(
+        tiny=decoder(Gemma2Config, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=6),
+        lm="AutoModelForCausalLM",
+        attention=("q_proj", "v_proj"),
+        attention_weight="self_attn.k_proj.weight",  # a norm follows, so that the scale of o_proj would not matter
+        tokenizer="bpe",
+        attention_implementations=("eager",),  # no other caps its logits
+        variants=({"attn_logit_softcapping": None, "final_logit_softcapping": None},),
     ),
     "electra": TestedFamily(
         tiny=encoder(ElectraConfig, embedding_size=16),

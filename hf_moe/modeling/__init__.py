@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from .configuration_bert_moe import BertMoeConfig
 from .configuration_electra_moe import ElectraMoeConfig
+from .configuration_gemma2_moe import Gemma2MoeConfig
 from .configuration_gpt2_moe import GPT2MoeConfig
 from .configuration_gpt_neox_moe import GPTNeoXMoeConfig
 from .configuration_llama_moe import LlamaMoeConfig
@@ -21,6 +22,7 @@ from .configuration_xlm_roberta_moe import XLMRobertaMoeConfig
 _ALL = (
     BertMoeConfig,
     ElectraMoeConfig,
+    Gemma2MoeConfig,
     GPT2MoeConfig,
     GPTNeoXMoeConfig,
     LlamaMoeConfig,
