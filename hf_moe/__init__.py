@@ -8,6 +8,8 @@ from hf_moe.modeling.modeling_electra_moe import *
 from hf_moe.modeling.modeling_electra_moe import __all__ as _electra
 from hf_moe.modeling.modeling_gemma2_moe import *
 from hf_moe.modeling.modeling_gemma2_moe import __all__ as _gemma2
+from hf_moe.modeling.modeling_gemma3_text_moe import *
+from hf_moe.modeling.modeling_gemma3_text_moe import __all__ as _gemma3_text
 from hf_moe.modeling.modeling_gpt2_moe import *
 from hf_moe.modeling.modeling_gpt2_moe import __all__ as _gpt2
 from hf_moe.modeling.modeling_gpt_neox_moe import *
@@ -32,6 +34,7 @@ __all__ += [
     *_bert,
     *_electra,
     *_gemma2,
+    *_gemma3_text,
     *_gpt2,
     *_gpt_neox,
     *_llama,

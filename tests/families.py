@@ -8,6 +8,7 @@ from transformers import (
     BertConfig,
     ElectraConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -113,6 +114,21 @@ TESTED: dict[str, TestedFamily] = {
         tokenizer="bpe",
         attention_implementations=("eager",),  # no other caps its logits
         variants=({"attn_logit_softcapping": None, "final_logit_softcapping": None},),
+    ),
+    "gemma3_text": TestedFamily(
+        tiny=decoder(
+            Gemma3TextConfig,
+            num_key_value_heads=2,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=6,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+        lm="AutoModelForCausalLM",
+        attention=("q_proj", "v_proj"),
+        attention_weight="self_attn.q_norm.weight",  # norms follow all projections, so that a scale would not matter
+        tokenizer="bpe",
+        variants=({"use_bidirectional_attention": True}, {"final_logit_softcapping": 5.0}),
     ),
     "electra": TestedFamily(
         tiny=encoder(ElectraConfig, embedding_size=16),

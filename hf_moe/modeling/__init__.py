@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from .configuration_bert_moe import BertMoeConfig
 from .configuration_electra_moe import ElectraMoeConfig
 from .configuration_gemma2_moe import Gemma2MoeConfig
+from .configuration_gemma3_text_moe import Gemma3TextMoeConfig
 from .configuration_gpt2_moe import GPT2MoeConfig
 from .configuration_gpt_neox_moe import GPTNeoXMoeConfig
 from .configuration_llama_moe import LlamaMoeConfig
@@ -23,6 +24,7 @@ _ALL = (
     BertMoeConfig,
     ElectraMoeConfig,
     Gemma2MoeConfig,
+    Gemma3TextMoeConfig,
     GPT2MoeConfig,
     GPTNeoXMoeConfig,
     LlamaMoeConfig,
