@@ -13,6 +13,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    PhiConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -129,6 +130,15 @@ TESTED: dict[str, TestedFamily] = {
         attention_weight="self_attn.q_norm.weight",  # norms follow all projections, so that a scale would not matter
         tokenizer="bpe",
         variants=({"use_bidirectional_attention": True}, {"final_logit_softcapping": 5.0}),
+    ),
+    "phi": TestedFamily(
+        tiny=decoder(PhiConfig, num_key_value_heads=2),
+        lm="AutoModelForCausalLM",
+        attention=("q_proj", "v_proj"),
+        attention_weight="self_attn.dense.weight",
+        tokenizer="bpe",
+        variants=({"qk_layernorm": True},),
+        old_buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
     ),
     "electra": TestedFamily(
         tiny=encoder(ElectraConfig, embedding_size=16),
