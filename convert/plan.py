@@ -231,7 +231,8 @@ def _layer_tensors(checkpoint, family: Family, prefix: str, num_experts: int, na
             plans |= {name: [] for name in found[1:]}
             plans[found[0]] = [expert]
     up = f"{prefix}.{family.gate or family.up}.weight"
-    norm = [names[name] for kind in ("weight", "bias") if (name := f"{prefix}.{family.norm}.{kind}") in names]
+    before = f"{prefix}.{family.norm_for(checkpoint.config)}"
+    norm = [names[name] for kind in ("weight", "bias") if (name := f"{before}.{kind}") in names]
     plans[up].append(
         TensorPlan(
             name=f"{prefix}.{family.block}.gate.weight",
