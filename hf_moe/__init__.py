@@ -19,6 +19,8 @@ from hf_moe.modeling.modeling_llama_moe import __all__ as _llama
 from hf_moe.modeling.modeling_mistral_moe import *
 from hf_moe.modeling.modeling_mistral_moe import __all__ as _mistral
 from hf_moe.modeling.modeling_moe import MoePreTrainedModelMixin
+from hf_moe.modeling.modeling_opt_moe import *
+from hf_moe.modeling.modeling_opt_moe import __all__ as _opt
 from hf_moe.modeling.modeling_phi_moe import *
 from hf_moe.modeling.modeling_phi_moe import __all__ as _phi
 from hf_moe.modeling.modeling_qwen2_moe import *
@@ -41,6 +43,7 @@ __all__ += [
     *_gpt_neox,
     *_llama,
     *_mistral,
+    *_opt,
     *_phi,
     *_qwen2,
     *_qwen3,

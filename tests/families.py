@@ -13,6 +13,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     PhiConfig,
     PretrainedConfig,
     Qwen2Config,
@@ -139,6 +140,17 @@ TESTED: dict[str, TestedFamily] = {
         tokenizer="bpe",
         variants=({"qk_layernorm": True},),
         old_buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+    ),
+    "opt": TestedFamily(
+        tiny=decoder(OPTConfig, ffn_dim=64, dropout=0.0),  # no module that tests could switch off
+        lm="AutoModelForCausalLM",
+        attention=("q_proj", "v_proj"),
+        attention_weight="self_attn.out_proj.weight",
+        tokenizer="bpe",
+        variants=(
+            {"do_layer_norm_before": False, "word_embed_proj_dim": 16},
+            {"layer_norm_elementwise_affine": False, "enable_bias": False},
+        ),
     ),
     "electra": TestedFamily(
         tiny=encoder(ElectraConfig, embedding_size=16),

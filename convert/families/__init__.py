@@ -9,13 +9,29 @@ from .gpt2 import GPT2
 from .gpt_neox import GPT_NEOX
 from .llama import LLAMA
 from .mistral import MISTRAL
+from .opt import OPT
 from .phi import PHI
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 from .roberta import ROBERTA
 from .xlm_roberta import XLM_ROBERTA
 
-_ALL = (BERT, ELECTRA, GEMMA2, GEMMA3_TEXT, GPT2, GPT_NEOX, LLAMA, MISTRAL, PHI, QWEN2, QWEN3, ROBERTA, XLM_ROBERTA)
+_ALL = (
+    BERT,
+    ELECTRA,
+    GEMMA2,
+    GEMMA3_TEXT,
+    GPT2,
+    GPT_NEOX,
+    LLAMA,
+    MISTRAL,
+    OPT,
+    PHI,
+    QWEN2,
+    QWEN3,
+    ROBERTA,
+    XLM_ROBERTA,
+)
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

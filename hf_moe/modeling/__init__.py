@@ -15,6 +15,7 @@ from .configuration_gpt_neox_moe import GPTNeoXMoeConfig
 from .configuration_llama_moe import LlamaMoeConfig
 from .configuration_mistral_moe import MistralMoeConfig
 from .configuration_moe import MoeConfigMixin
+from .configuration_opt_moe import OPTMoeConfig
 from .configuration_phi_moe import PhiMoeConfig
 from .configuration_qwen2_moe import Qwen2UpcycledMoeConfig
 from .configuration_qwen3_moe import Qwen3UpcycledMoeConfig
@@ -30,6 +31,7 @@ _ALL = (
     GPTNeoXMoeConfig,
     LlamaMoeConfig,
     MistralMoeConfig,
+    OPTMoeConfig,
     PhiMoeConfig,
     Qwen2UpcycledMoeConfig,
     Qwen3UpcycledMoeConfig,

@@ -129,6 +129,16 @@ def test_the_router_is_calibrated_on_what_it_reads(family, config, dense_folder,
         assert 0.05 < logits.std(0).mean() < 0.2, "0.1 was asked for"
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_the_norm_that_calibrates_is_the_one_before(before, dense_folder):
+    checkpoint = open_checkpoint(dense_folder("opt", do_layer_norm_before=before))
+    plan = plan_upcycle(checkpoint, UpcycleRecipe(base_model="x"))
+    sources = {source for tensor in plan.tensors if tensor.method == "router" for source in tensor.sources}
+    name = "final_layer_norm" if before else "self_attn_layer_norm"
+    wanted = {f"model.decoder.layers.{layer}.{name}.{kind}" for layer in range(3) for kind in ("weight", "bias")}
+    assert sources == wanted
+
+
 def test_noise_is_no_exact_start_and_says_so(dense_folder, tmp_path):
     made = hf_moe.upcycle(dense_folder("bert"), tmp_path / "moe", noise_std=0.1)
     assert made.plan.exactness == "not preserving"

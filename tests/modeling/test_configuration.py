@@ -35,6 +35,11 @@ def test_impossible_values_are_refused_in_a_sentence(family, values, sentence):
     assert sentence in str(caught.value)
 
 
+def test_layers_that_are_skipped_are_refused():
+    with pytest.raises(StrictDataclassError, match="layers can't be skipped"):
+        CONFIGS["opt"](layerdrop=0.1)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_impossible_change_is_refused_when_saved(family, tmp_path):
     config = CONFIGS[family]()
