@@ -68,6 +68,8 @@ def read_deals(plan: Plan, moe: Checkpoint) -> None:
             parts_PF, shared_F = (tensors.get(f"{layer}.{name}", torch.empty(0)) for name in ("parts", "shared"))
             everyone = torch.cat([parts_PF.flatten(), shared_F.flatten()]).sort().values
             wanted = scheme.parts * scheme.expert_width + (0 if scheme.shared_is_copy else scheme.shared_width)
-            if parts_PF.shape != (scheme.parts, scheme.expert_width) or not torch.equal(everyone, torch.arange(wanted)):
+            if parts_PF.shape != (scheme.parts, scheme.expert_width) or not torch.equal(
+                everyone, torch.arange(wanted)
+            ):
                 raise SourceError(f"{moe.path / DEALS_NAME}: does not deal out the neurons of layer {layer}.")
             plan.deals[layer] = (parts_PF, shared_F)

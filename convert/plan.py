@@ -141,7 +141,7 @@ def _plan(checkpoint: Checkpoint, recipe: UpcycleRecipe) -> Plan:
     dtype = None if recipe.dtype is None else SAFETENSORS_NAMES[getattr(torch, recipe.dtype)]
     source = Source(checkpoint, names, dtype, recipe.allow_nonfinite)
     body = "" if dense_class is body_classes(family)[0] else f"{dense_class.base_model_prefix}."
-    networks = {layer: find_network(family, layer, body, names) for layer in layers}
+    networks = {layer: find_network(family, layer, body, names, checkpoint.config) for layer in layers}
     schemes = {layer: _scheme(recipe, source, network) for layer, network in networks.items()}
     form = our_form(family.gate is not None)
     config = _moe_config(checkpoint, family, moe_class, recipe, layers, schemes[layers[0]])

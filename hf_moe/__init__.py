@@ -8,8 +8,14 @@ from hf_moe.modeling.modeling_distilbert_moe import *
 from hf_moe.modeling.modeling_distilbert_moe import __all__ as _distilbert
 from hf_moe.modeling.modeling_electra_moe import *
 from hf_moe.modeling.modeling_electra_moe import __all__ as _electra
+from hf_moe.modeling.modeling_gemma2_moe import *
+from hf_moe.modeling.modeling_gemma2_moe import __all__ as _gemma2
+from hf_moe.modeling.modeling_gemma3_text_moe import *
+from hf_moe.modeling.modeling_gemma3_text_moe import __all__ as _gemma3_text
 from hf_moe.modeling.modeling_gpt2_moe import *
 from hf_moe.modeling.modeling_gpt2_moe import __all__ as _gpt2
+from hf_moe.modeling.modeling_gpt_neox_moe import *
+from hf_moe.modeling.modeling_gpt_neox_moe import __all__ as _gpt_neox
 from hf_moe.modeling.modeling_llama_moe import *
 from hf_moe.modeling.modeling_llama_moe import __all__ as _llama
 from hf_moe.modeling.modeling_mistral_moe import *
@@ -19,6 +25,12 @@ from hf_moe.modeling.modeling_modernbert_moe import __all__ as _modernbert
 from hf_moe.modeling.modeling_moe import MoePreTrainedModelMixin
 from hf_moe.modeling.modeling_mpnet_moe import *
 from hf_moe.modeling.modeling_mpnet_moe import __all__ as _mpnet
+from hf_moe.modeling.modeling_opt_moe import *
+from hf_moe.modeling.modeling_opt_moe import __all__ as _opt
+from hf_moe.modeling.modeling_phi_moe import *
+from hf_moe.modeling.modeling_phi_moe import __all__ as _phi
+from hf_moe.modeling.modeling_qwen2_moe import *
+from hf_moe.modeling.modeling_qwen2_moe import __all__ as _qwen2
 from hf_moe.modeling.modeling_qwen3_moe import *
 from hf_moe.modeling.modeling_qwen3_moe import __all__ as _qwen3
 from hf_moe.modeling.modeling_roberta_moe import *
@@ -37,6 +49,12 @@ __all__ += [
     *_mistral,
     *_modernbert,
     *_mpnet,
+    *_gemma2,
+    *_gemma3_text,
+    *_gpt_neox,
+    *_opt,
+    *_phi,
+    *_qwen2,
     *_qwen3,
     *_roberta,
     *_xlm_roberta,

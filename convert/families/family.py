@@ -1,7 +1,9 @@
 """The form of a family's table: where a dense architecture keeps its feed-forward network."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from hf_moe.modeling import dense_type
 from hf_moe.modeling.configuration_moe import MoeConfigMixin
 
 
@@ -10,13 +12,14 @@ class Family:
     """One dense architecture. Module names are relative to a layer, the layer's to the model's body.
 
     Args:
-        config_class: the mixture's configuration; its `model_type` is the dense one with `_moe` behind it.
+        config_class: the mixture's configuration.
         layer: name of a layer, with `{layer}` for its index.
         up: the projection into the inner width; its input is what the router reads.
         gate: the projection into the gate, in gated networks; the same as `up` where one projection holds both, the
             gate's rows first.
         down: the projection out of it.
         norm: the norm that makes the feed-forward network's input, by which the router's start is calibrated.
+        norm_without: settings of the dense configuration -> the norm that it is instead, where one is false.
         norm_offset: what the norm adds to its stored weight before it multiplies (1 in Gemma).
         block: name that the mixture has in its layer.
         transposed: whether the projections store (in, out), as GPT-2's Conv1D does.
@@ -30,6 +33,7 @@ class Family:
     down: str
     norm: str
     gate: str | None = None
+    norm_without: dict[str, str] = field(default_factory=dict)
     norm_offset: float = 0.0
     block: str = "mlp"
     transposed: bool = False
@@ -38,4 +42,8 @@ class Family:
 
     @property
     def model_type(self) -> str:
-        return self.config_class.model_type.removesuffix("_moe")
+        return dense_type(self.config_class)
+
+    def norm_for(self, config: dict[str, Any]) -> str:
+        """The norm that makes the feed-forward network's input in the model of this `config.json`."""
+        return next((norm for name, norm in self.norm_without.items() if config.get(name) is False), self.norm)

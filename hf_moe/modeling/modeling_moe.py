@@ -290,7 +290,7 @@ class MoePreTrainedModelMixin(_Base):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        std = getattr(self.config, "initializer_range", None) or 0.02
+        std = getattr(self.config, "initializer_range", None) or getattr(self.config, "init_std", None) or 0.02
         if isinstance(module, TopKRouter):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, MoeExperts):

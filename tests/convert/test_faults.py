@@ -33,12 +33,16 @@ class Scene:
         self.start = folder / "start"
         self.start.mkdir()
         if name == "overwrite":
-            shutil.copytree(hf_moe.upcycle(dense, folder / "old", **{**OPTIONS, "num_experts": 3}).path, self.start / "moe")
+            shutil.copytree(
+                hf_moe.upcycle(dense, folder / "old", **{**OPTIONS, "num_experts": 3}).path, self.start / "moe"
+            )
             self.old = snapshot(self.start / "moe")
         planned = conversion.plan_upcycle  # the plan is not what is tested, and always the same
         made: dict[str, object] = {}
         monkeypatch.setattr(
-            conversion, "plan_upcycle", lambda *a: made.setdefault("plan", None) or made.__setitem__("plan", planned(*a)) or made["plan"]
+            conversion,
+            "plan_upcycle",
+            lambda *a: made.setdefault("plan", None) or made.__setitem__("plan", planned(*a)) or made["plan"],
         )
         if name == "resume":
             self.reset()

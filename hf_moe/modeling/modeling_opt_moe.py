@@ -1,0 +1,91 @@
+"""OPT with a mixture of experts in the place of its feed-forward networks: models."""
+
+import functools
+
+from torch import nn
+from transformers.generation import GenerationMixin
+from transformers.models.opt.modeling_opt import (
+    OPTDecoder,
+    OPTDecoderLayer,
+    OPTForCausalLM,
+    OPTForQuestionAnswering,
+    OPTForSequenceClassification,
+    OPTModel,
+    OPTPreTrainedModel,
+)
+from transformers.utils.output_capturing import OutputRecorder
+
+from .configuration_opt_moe import OPTMoeConfig
+from .modeling_moe import (
+    MoeBaseModelOutputWithPast,
+    MoeCausalLMOutputWithPast,
+    MoePreTrainedModelMixin,
+    MoeQuestionAnsweringModelOutput,
+    MoeSequenceClassifierOutputWithPast,
+    body_forward,
+    head_forward,
+    rebind,
+)
+from .moe_layers import MoeBlock, TopKRouter
+
+
+class OPTMoeDecoderLayer(OPTDecoderLayer):
+    def __init__(self, config, layer_idx=None):
+        super().__init__(config, layer_idx=layer_idx)
+        if layer_idx in config.moe_layer_indices:
+            del self.fc1
+            self.mlp = MoeBlock(config, hidden_act=config.activation_function, bias=config.enable_bias)
+            self.activation_fn, self.fc2 = nn.Identity(), nn.Identity()
+
+    @property
+    def fc1(self):
+        """The dense layer calls `fc1`, the activation and `fc2` itself; a mixture is all three, and keeps its name."""
+        return self._modules["mlp" if "mlp" in self._modules else "fc1"]
+
+
+class OPTMoePreTrainedModel(MoePreTrainedModelMixin, OPTPreTrainedModel):
+    config: OPTMoeConfig
+    config_class = OPTMoeConfig
+    _no_split_modules = ["OPTMoeDecoderLayer"]
+    _can_record_outputs = {
+        **OPTPreTrainedModel._can_record_outputs,
+        "router_logits": OutputRecorder(TopKRouter, index=0),
+    }
+
+
+class OPTMoeDecoder(OPTMoePreTrainedModel, OPTDecoder):
+    __init__ = rebind(OPTDecoder.__init__, OPTDecoderLayer=OPTMoeDecoderLayer)
+    forward = body_forward(OPTDecoder.forward, MoeBaseModelOutputWithPast)
+
+
+class OPTMoeModel(OPTMoePreTrainedModel, OPTModel):
+    __init__ = rebind(OPTModel.__init__, OPTDecoder=OPTMoeDecoder)
+
+    @functools.wraps(OPTModel.forward)
+    def forward(self, *args, **kwargs):  # the dense one hands on by name what its decoder returns: no router logits
+        return self.decoder(*args, **kwargs)
+
+
+class OPTMoeForCausalLM(OPTMoePreTrainedModel, OPTForCausalLM, GenerationMixin):
+    __init__ = rebind(OPTForCausalLM.__init__, OPTModel=OPTMoeModel)
+    forward = head_forward(OPTForCausalLM.forward, MoeCausalLMOutputWithPast)
+
+
+class OPTMoeForSequenceClassification(OPTMoePreTrainedModel, OPTForSequenceClassification):
+    __init__ = rebind(OPTForSequenceClassification.__init__, OPTModel=OPTMoeModel)
+    forward = head_forward(OPTForSequenceClassification.forward, MoeSequenceClassifierOutputWithPast)
+
+
+class OPTMoeForQuestionAnswering(OPTMoePreTrainedModel, OPTForQuestionAnswering):
+    __init__ = rebind(OPTForQuestionAnswering.__init__, OPTModel=OPTMoeModel)
+    forward = head_forward(OPTForQuestionAnswering.forward, MoeQuestionAnsweringModelOutput)
+
+
+__all__ = [
+    "OPTMoeConfig",
+    "OPTMoeForCausalLM",
+    "OPTMoeForQuestionAnswering",
+    "OPTMoeForSequenceClassification",
+    "OPTMoeModel",
+    "OPTMoePreTrainedModel",
+]
