@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import hf_moe
-from hf_moe.convert import conversion, writer
+from hf_moe.convert import conversion, open_checkpoint, writer
+from hf_moe.recipe import UpcycleRecipe
 from tests.convert.faults import KILLED, Injector, run_forked
 
-OPTIONS = {"num_experts": 4, "max_shard_size": "300KB", "verify": False}
+OPTIONS = {"num_experts": 4, "max_shard_size": "300KB"}
 
 
 def snapshot(folder: Path) -> dict[str, str]:
@@ -28,26 +29,23 @@ class Scene:
         monkeypatch.setattr(writer, "BLOCK", 2**16)
         monkeypatch.setattr(writer, "MARK_BYTES", 2**17)
         self.name, self.dense, self.output = name, dense, folder / "work" / "moe"
-        self.new = snapshot(hf_moe.upcycle(dense, folder / "new", **OPTIONS).path)
+        self.new = snapshot(hf_moe.upcycle(dense, folder / "new", verify=False, **OPTIONS).path)
         self.old: dict[str, str] = {}
         self.start = folder / "start"
         self.start.mkdir()
         if name == "overwrite":
-            shutil.copytree(
-                hf_moe.upcycle(dense, folder / "old", **{**OPTIONS, "num_experts": 3}).path, self.start / "moe"
-            )
+            hf_moe.upcycle(dense, self.start / "moe", verify=False, **{**OPTIONS, "num_experts": 3})
             self.old = snapshot(self.start / "moe")
-        planned = conversion.plan_upcycle  # the plan is not what is tested, and always the same
-        made: dict[str, object] = {}
-        monkeypatch.setattr(
-            conversion,
-            "plan_upcycle",
-            lambda *a: made.setdefault("plan", None) or made.__setitem__("plan", planned(*a)) or made["plan"],
-        )
+        # planning is not what is tested, and always the same
+        recipe = UpcycleRecipe.from_dict({"base_model": str(dense), **OPTIONS})
+        plan = conversion.plan_upcycle(open_checkpoint(dense), recipe)
+        monkeypatch.setattr(conversion, "plan_upcycle", lambda *arguments: plan)
         if name == "resume":
+            count = self.operations()
             self.reset()
-            run_forked(self.run, Injector(self.operations() * 2 // 3, "kill"))
-            assert (self.output.parent / "moe.partial" / "files").is_dir()
+            run_forked(self.run, Injector(count // 2, "kill"))
+            assert not self.output.exists()
+            assert list((self.output.parent / "moe.partial" / "files").glob("model-*"))
             shutil.copytree(self.output.parent, self.start, dirs_exist_ok=True)
 
     def reset(self) -> None:
@@ -55,7 +53,7 @@ class Scene:
         shutil.copytree(self.start, self.output.parent)
 
     def run(self) -> None:
-        hf_moe.upcycle(self.dense, self.output, overwrite=True, **OPTIONS)
+        hf_moe.upcycle(self.dense, self.output, overwrite=True, verify=False, **OPTIONS)
 
     def operations(self) -> int:
         self.reset()
