@@ -19,6 +19,7 @@ from .headers import DTYPES, TensorInfo, check_inside, read_header
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+GGUF_SUFFIX = ".gguf"
 # A tokenizer is there if one of these is.
 VOCABULARIES = (
     "tokenizer.json",
@@ -68,6 +69,7 @@ class Checkpoint:
         config: `config.json` as it stands.
         tensors: name -> where it lies, in the order of the files.
         digests: weights file -> sha256, where it is known already.
+        origin, origin_sha256: the GGUF file that the folder was made from, and its digest.
     """
 
     path: Path
@@ -76,6 +78,8 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     digests: dict[str, str] = field(default_factory=dict)
+    origin: Path | None = None
+    origin_sha256: str | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -94,7 +98,9 @@ class Checkpoint:
 
     @cached_property
     def sha256(self) -> dict[str, str]:
-        """Digest of each weights file, as `sha256sum` prints it."""
+        """Digest of each weights file, as `sha256sum` prints it; of the GGUF file, where the weights come from one."""
+        if self.origin is not None and self.origin_sha256 is not None:
+            return {self.origin.name: self.origin_sha256}
         return {file.name: self.digests.get(file.name) or file_sha256(file) for file in self.files}
 
     @property
@@ -151,12 +157,17 @@ def file_sha256(file: Path) -> str:
 
 
 def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
-    """Opens a local folder, or downloads the weights, configuration and tokenizer of a Hub repository.
+    """Opens a local folder or GGUF file, or downloads the weights, configuration and tokenizer of a Hub repository.
 
     Raises:
         SourceError: where there is no such checkpoint, or it is damaged or unsafe; in one line.
+        UsageError, OutputError: where a GGUF file can't be unpacked here.
     """
     path, commit = _find(source, revision)
+    if path.is_file():
+        from .gguf import open_gguf  # here, because it opens the folder that it makes
+
+        return open_gguf(path)
     name = str(source) if commit else path.resolve().name
     return Checkpoint(path=path, source=name, revision=commit, config=read_config(path), tensors=_read_tensors(path))
 
@@ -164,13 +175,15 @@ def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None)
 def _find(source: str | os.PathLike[str], revision: str | None) -> tuple[Path, str | None]:
     try:
         path = Path(source).expanduser()
-        if path.is_dir():
+        if path.is_dir() or (path.is_file() and path.suffix.lower() == GGUF_SUFFIX):
             return path, None
         if path.exists():
-            raise SourceError(f"{path}: is a file; name the folder that holds config.json and the weights.")
+            raise SourceError(f"{path}: is a file; name a folder with config.json and weights, or a .gguf file.")
     except (OSError, RuntimeError) as error:  # a name too long, a home that is nobody's
         raise SourceError(f"{source}: no such folder ({error}).") from error
     text = str(source)
+    if path.suffix.lower() == GGUF_SUFFIX:
+        raise SourceError(f"{text}: no such file.")
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise SourceError(f"{text}: no such folder.")
     try:

@@ -71,7 +71,7 @@ def upcycle(
     """Turns the dense checkpoint `source` into a Mixture-of-Experts checkpoint in the folder `output`.
 
     Args:
-        source: a folder or a Hub id.
+        source: a folder, a GGUF file or a Hub id.
         output: a folder that does not exist yet.
         verify: whether the result is held against `source` before it takes its place.
         overwrite: whether an existing `output` is replaced, once the new one is whole.
@@ -93,6 +93,7 @@ def run(
     recipe: UpcycleRecipe, output: Path, *, verify: bool, overwrite: bool, progress: Progress, manifest: bool = True
 ) -> Upcycled:
     """Carries out `recipe`; arguments and errors as in `upcycle`."""
+    progress.stage("reading")
     checkpoint = open_checkpoint(recipe.base_model, recipe.revision)
     plan = plan_upcycle(checkpoint, recipe)
     plan.check()
@@ -158,7 +159,7 @@ def write_checkpoint(
     output = output.expanduser()
     shards = split(tensors, recipe.max_shard_size)
     nbytes = sum(file_bytes(held) for held in shards.values())
-    check_output(output, [source.path for source in sources], nbytes, overwrite)
+    check_output(output, [source.origin or source.path for source in sources], nbytes, overwrite)
     with whole_folder(output, _fingerprint(shards, sources, recipe), overwrite) as (folder, journal):
         progress.stage("writing")
         progress.total(nbytes)
@@ -237,7 +238,7 @@ def from_dense(cls: type[PreTrainedModel], source: str | os.PathLike[str], **opt
     certificate, use `upcycle`.
 
     Args:
-        source: a folder or a Hub id.
+        source: a folder, a GGUF file or a Hub id.
         options: the fields of `UpcycleRecipe` (`num_experts`, …); all others go to `from_pretrained` (`dtype`,
             `num_labels`, …).
 

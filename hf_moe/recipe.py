@@ -19,7 +19,7 @@ class UpcycleRecipe:
     """How a dense checkpoint becomes a mixture.
 
     Args:
-        base_model: the dense checkpoint, a folder or a Hub id.
+        base_model: the dense checkpoint: a folder, a GGUF file or a Hub id.
         revision: branch, tag or commit of a Hub checkpoint.
         num_experts: experts a layer.
         num_experts_per_tok: experts that each token is sent to.

@@ -41,7 +41,7 @@ def _root(
 
 @app.command(epilog="Example: hf-moe upcycle ./bert-base ./bert-moe --num-experts 8 --top-k 2 --layers every-2")
 def upcycle(
-    source: Annotated[str, typer.Argument(help="Dense checkpoint: a folder, a Hub id, or a recipe (FILE.yaml).")],
+    source: Annotated[str, typer.Argument(help="Dense checkpoint: folder, GGUF file, Hub id, or recipe (FILE.yaml).")],
     output: Annotated[Path, typer.Argument(help="Folder to make.")],
     num_experts: Annotated[int | None, typer.Option(help="Experts a layer. [default: 8]")] = None,
     top_k: Annotated[int | None, typer.Option(help="Experts that each token is sent to. [default: 2]")] = None,
@@ -136,7 +136,7 @@ def _recipe(source: str, options: dict[str, Any]) -> UpcycleRecipe:
 
 @app.command(epilog="Example: hf-moe inspect ./bert-moe --json")
 def inspect(
-    path: Annotated[str, typer.Argument(help="Checkpoint: a folder or a Hub id.")],
+    path: Annotated[str, typer.Argument(help="Checkpoint: a folder, a GGUF file or a Hub id.")],
     json: Json = False,
 ) -> None:
     """Say what a checkpoint is: family, layers, parameters, experts, certificate."""
@@ -145,7 +145,7 @@ def inspect(
 
 @app.command(epilog="Example: hf-moe verify ./bert-base ./bert-moe")
 def verify(
-    dense: Annotated[str, typer.Argument(help="Dense checkpoint: a folder or a Hub id.")],
+    dense: Annotated[str, typer.Argument(help="Dense checkpoint: a folder, a GGUF file or a Hub id.")],
     moe: Annotated[str, typer.Argument(help="The mixture made from it: a folder or a Hub id.")],
     text: Annotated[
         Path | None, typer.Option(help="File whose lines are compared on, instead of the built-in ones.")

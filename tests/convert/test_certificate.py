@@ -257,5 +257,11 @@ def test_progress_is_told(dense_folder, tmp_path):
 
     recorder = Recorder()
     hf_moe.upcycle(dense_folder("bert"), tmp_path / "moe", progress=recorder)
-    assert recorder.stages == ["writing", "comparing weights", "comparing in float64", "comparing in float32"]
+    assert recorder.stages == [
+        "reading",
+        "writing",
+        "comparing weights",
+        "comparing in float64",
+        "comparing in float32",
+    ]
     assert recorder.bytes == recorder.promised > 0
