@@ -91,8 +91,7 @@ def scheme_of(recipe: UpcycleRecipe, width: int, *, gated: bool, dtype: str) -> 
     if routed_width % parts:
         what = "granularity" if recipe.method == "copy" else "num_experts"
         raise UsageError(
-            f"{what} {parts} does not divide the {routed_width} neurons to be routed; "
-            f"{_near(routed_width, parts)} would."
+            f"{what} {parts} does not divide the {routed_width} neurons to be routed; {_near(routed_width, parts)}."
         )
     alike = 1.0 if recipe.norm_topk_prob else recipe.num_experts / recipe.num_experts_per_tok
     routed_weight = 1.0 if shared_weight is None else 1.0 - shared_weight
@@ -149,9 +148,9 @@ def _multiples(number: int, factor: int) -> str:
 
 def _near(width: int, parts: int) -> str:
     """The divisors of `width` next to `parts`."""
-    below = next(n for n in range(parts, 0, -1) if width % n == 0)
-    above = next(n for n in range(parts, width + 1) if width % n == 0)
-    return f"{below} or {above}" if below > 1 else str(above)
+    divisors = [n for n in range(2, width + 1) if width % n == 0]
+    below, above = [n for n in divisors if n < parts], [n for n in divisors if n > parts]
+    return " or ".join(map(str, (*below[-1:], *above[:1]))) + " would" if divisors else "nothing would"
 
 
 def _exactness(
