@@ -99,7 +99,7 @@ def test_not_exact_is_written_but_never_certified(dense_folder, tmp_path):
 
 REFUSED = {
     "no multiple of granularity 4: the experts": {"num_experts": 6, "granularity": 4},
-    "choose 4 or 8": {"num_experts": 8, "num_experts_per_tok": 6, "granularity": 4},
+    "4 or 8 would do": {"num_experts": 8, "num_experts_per_tok": 6, "granularity": 4},
     "does not divide the 64 neurons": {"num_experts": 6, "num_experts_per_tok": 3, "granularity": 3},
     "must be at least 1": {"granularity": 0},
     "every expert is a part already": {"method": "split", "granularity": 2},
@@ -141,8 +141,7 @@ def test_schemes_are_refused_or_whole(experts, top_k, granularity, shared, width
     )
     try:
         scheme = scheme_of(recipe, width, gated=False, dtype="float32")
-    except UsageError as error:
-        assert len(str(error).splitlines()) == 1
+    except UsageError:
         return
     assert scheme.parts * scheme.expert_width + scheme.shared_width == width
     assert experts % scheme.parts == 0
