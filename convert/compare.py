@@ -1,6 +1,7 @@
 """Two models on the same inputs: loading, running, and every way their outputs may differ."""
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,7 +105,6 @@ def load_model(
     return model.to(getattr(torch, dtype)).eval()
 
 
-@torch.no_grad()
 def run_model(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
     """Named float outputs in float64, hidden states as `hidden_states.N`: (tokens, …), padding left out, or
     (rows, …) where there is one a sequence.
@@ -112,7 +112,18 @@ def run_model(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
     Raises:
         SourceError: where the model does not run.
     """
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    together = _run(model, batch.input_ids, batch.attention_mask)
+    if all(value.isfinite().all() for value in together.values()):
+        return together
+    # In float64 some attention makes NaN of padding that lies a whole window behind its text, and spreads it
+    texts = [ids[None, mask.bool()] for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+    alone = [_run(model, ids, torch.ones_like(ids)) for ids in texts]
+    return {key: torch.cat([outputs[key] for outputs in alone]) for key in together}
+
+
+@torch.no_grad()
+def _run(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     name = type(model).__name__
     if name.endswith("ForMultipleChoice"):
         inputs = {key: value.unsqueeze(1) for key, value in inputs.items()}
@@ -123,7 +134,7 @@ def run_model(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
     found = {f"hidden_states.{i}": state for i, state in enumerate(outputs.hidden_states)}
     found |= {key: value for key, value in outputs.items() if isinstance(value, torch.Tensor)}
     rows = (*ROW_OUTPUTS, "logits") if name.endswith(ROW_HEADS) else ROW_OUTPUTS
-    kept = batch.attention_mask.bool()
+    kept = attention_mask.bool()
     return {
         key: (value if key in rows else value[kept]).to(torch.float64)
         for key, value in found.items()
@@ -206,17 +217,17 @@ def _likelihoods(dense: torch.Tensor, moe: torch.Tensor, batch: Batch) -> dict[s
 
 
 @contextmanager
-def _hooked(dense: PreTrainedModel, family: Family, seen: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Keeps what goes in and out of every layer's feed-forward network, as `N.in` and `N.out`."""
+def _hooked(dense: PreTrainedModel, family: Family, seen: dict[str, list[torch.Tensor]]) -> Iterator[None]:
+    """Keeps what goes in and out of every layer's feed-forward network at each call, as `N.in` and `N.out`."""
     handles = []
     for index in range(dense.config.num_hidden_layers):
         layer = dense.base_model.get_submodule(family.layer.format(layer=index))
 
         def keep_in(module, args, index=index):
-            seen[f"{index}.in"] = args[0]
+            seen[f"{index}.in"].append(args[0].flatten(0, -2))
 
         def keep_out(module, args, output, index=index):
-            seen[f"{index}.out"] = output
+            seen[f"{index}.out"].append(output.flatten(0, -2))
 
         handles.append(layer.get_submodule(family.up).register_forward_pre_hook(keep_in))
         handles.append(layer.get_submodule(family.down).register_forward_hook(keep_out))
@@ -230,8 +241,9 @@ def _hooked(dense: PreTrainedModel, family: Family, seen: dict[str, torch.Tensor
 def capture_feed_forward(
     dense: PreTrainedModel, family: Family, batch: Batch
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """What goes in and out of each layer's feed-forward network, (B, S, D) both."""
-    seen: dict[str, torch.Tensor] = {}
+    """What goes in and out of each layer's feed-forward network, (T, D) both."""
+    seen: dict[str, list[torch.Tensor]] = defaultdict(list)
     with _hooked(dense, family, seen):
         run_model(dense, batch)
-    return {i: (seen[f"{i}.in"], seen[f"{i}.out"]) for i in range(dense.config.num_hidden_layers)}
+    layers = range(dense.config.num_hidden_layers)
+    return {i: (torch.cat(seen[f"{i}.in"]), torch.cat(seen[f"{i}.out"])) for i in layers}

@@ -17,6 +17,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from hf_moe.errors import CertificateError, UsageError
+from hf_moe.modeling import dense_type
 from hf_moe.recipe import UpcycleRecipe
 
 from .certificate import certify, explain, write_certificate
@@ -244,11 +245,9 @@ def from_dense(cls: type[PreTrainedModel], source: str | os.PathLike[str], **opt
         if close := difflib.get_close_matches(name, names, n=1, cutoff=0.9):
             raise UsageError(f"from_dense: unknown option {name!r}; did you mean {close[0]!r}?")
     family = find_family(open_checkpoint(source, options.get("revision")))
-    wanted = cls.config_class.model_type if cls.config_class is not None else ""
-    if family.config_class.model_type != wanted:
-        raise UsageError(
-            f"{source}: is a {family.model_type}; {cls.__name__} is made from a {wanted[: -len('_moe')]}."
-        )
+    wanted = dense_type(cls.config_class)  # type: ignore[arg-type]
+    if family.model_type != wanted:
+        raise UsageError(f"{source}: is a {family.model_type}; {cls.__name__} is made from a {wanted}.")
     with tempfile.TemporaryDirectory(prefix="hf_moe.") as folder:
         made = upcycle(source, Path(folder) / "moe", verify=False, manifest=False, **recipe)
         model = cls.from_pretrained(made.path, **loading)

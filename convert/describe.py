@@ -15,12 +15,12 @@ from .writer import split
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Family, layers, parameters (total, and active for one token), experts and certificate of a checkpoint."""
     config = checkpoint.config
-    moe_types = {family.config_class.model_type for family in FAMILIES.values()}
+    moe_types = {family.config_class.model_type: family.model_type for family in FAMILIES.values()}
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     model_type = config.get("model_type")
     described = {
         "source": checkpoint.source,
-        "family": str(model_type).removesuffix("_moe"),
+        "family": moe_types.get(model_type, model_type),
         "class": (config.get("architectures") or [None])[0],
         "layers": config.get("num_hidden_layers", config.get("n_layer")),
         "dtypes": sorted({info.dtype for info in checkpoint.tensors.values()}),

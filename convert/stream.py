@@ -79,7 +79,7 @@ def _router(tensor: TensorPlan, plan: Plan) -> Iterator[torch.Tensor]:
     group = plan.recipe.granularity
     rows = calibrated_normal(
         tensor.shape[0] // group,
-        norm[0] + plan.family.norm_offset,
+        norm[0].float() + plan.family.norm_offset if norm else torch.ones(tensor.shape[1]),
         norm[1] if len(norm) > 1 else None,
         router_logit_std(plan.recipe),
         _generator(plan, "router", tensor.layer),

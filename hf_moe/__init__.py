@@ -6,13 +6,23 @@ from hf_moe.modeling.modeling_bert_moe import *
 from hf_moe.modeling.modeling_bert_moe import __all__ as _bert
 from hf_moe.modeling.modeling_electra_moe import *
 from hf_moe.modeling.modeling_electra_moe import __all__ as _electra
+from hf_moe.modeling.modeling_gemma2_moe import *
+from hf_moe.modeling.modeling_gemma2_moe import __all__ as _gemma2
+from hf_moe.modeling.modeling_gemma3_text_moe import *
+from hf_moe.modeling.modeling_gemma3_text_moe import __all__ as _gemma3_text
 from hf_moe.modeling.modeling_gpt2_moe import *
 from hf_moe.modeling.modeling_gpt2_moe import __all__ as _gpt2
+from hf_moe.modeling.modeling_gpt_neox_moe import *
+from hf_moe.modeling.modeling_gpt_neox_moe import __all__ as _gpt_neox
 from hf_moe.modeling.modeling_llama_moe import *
 from hf_moe.modeling.modeling_llama_moe import __all__ as _llama
 from hf_moe.modeling.modeling_mistral_moe import *
 from hf_moe.modeling.modeling_mistral_moe import __all__ as _mistral
 from hf_moe.modeling.modeling_moe import MoePreTrainedModelMixin
+from hf_moe.modeling.modeling_phi_moe import *
+from hf_moe.modeling.modeling_phi_moe import __all__ as _phi
+from hf_moe.modeling.modeling_qwen2_moe import *
+from hf_moe.modeling.modeling_qwen2_moe import __all__ as _qwen2
 from hf_moe.modeling.modeling_qwen3_moe import *
 from hf_moe.modeling.modeling_qwen3_moe import __all__ as _qwen3
 from hf_moe.modeling.modeling_roberta_moe import *
@@ -22,7 +32,21 @@ from hf_moe.modeling.modeling_xlm_roberta_moe import __all__ as _xlm_roberta
 from hf_moe.version import __version__
 
 __all__ = ["__version__", "upcycle"]
-__all__ += [*_bert, *_electra, *_gpt2, *_llama, *_mistral, *_qwen3, *_roberta, *_xlm_roberta]
+__all__ += [
+    *_bert,
+    *_electra,
+    *_gemma2,
+    *_gemma3_text,
+    *_gpt2,
+    *_gpt_neox,
+    *_llama,
+    *_mistral,
+    *_phi,
+    *_qwen2,
+    *_qwen3,
+    *_roberta,
+    *_xlm_roberta,
+]
 
 register_all()
 MoePreTrainedModelMixin.from_dense = classmethod(from_dense)

@@ -1,16 +1,21 @@
 """What the tests must know of a family beside its code: one row each, and the whole suite runs on it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import (
     BertConfig,
     ElectraConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    PhiConfig,
     PretrainedConfig,
+    Qwen2Config,
     Qwen3Config,
     RobertaConfig,
     XLMRobertaConfig,
@@ -25,6 +30,10 @@ class TestedFamily:
     attention: modules that LoRA is put on.
     attention_weight: a weight of the attention, relative to a layer.
     tokenizer: "wordpiece", "unigram" or "bpe".
+    attention_implementations: those that the dense family has, and that run everywhere.
+    variants: other configurations of the architecture, which must be converted as exactly.
+    old_buffers: constants, by their names in the body, that checkpoints of older Transformers hold.
+    not_heads: Auto classes that Transformers lists for the family, but whose class is another family's -> why.
     """
 
     __test__ = False  # for pytest, which collects classes named Test…
@@ -34,6 +43,10 @@ class TestedFamily:
     attention: tuple[str, ...]
     attention_weight: str
     tokenizer: str
+    attention_implementations: tuple[str, ...] = ("sdpa", "eager")
+    variants: tuple[dict[str, Any], ...] = ()
+    old_buffers: tuple[str, ...] = ()
+    not_heads: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_decoder(self) -> bool:
@@ -70,6 +83,20 @@ TESTED: dict[str, TestedFamily] = {
         attention=("c_attn",),
         attention_weight="attn.c_proj.weight",
         tokenizer="bpe",
+        old_buffers=("h.0.attn.bias", "h.0.attn.masked_bias"),
+    ),
+    "gpt_neox": TestedFamily(
+        tiny=decoder(GPTNeoXConfig),
+        lm="AutoModelForCausalLM",
+        attention=("query_key_value",),
+        attention_weight="attention.dense.weight",
+        tokenizer="bpe",
+        variants=({"use_parallel_residual": False},),
+        old_buffers=(
+            "layers.0.attention.bias",
+            "layers.0.attention.masked_bias",
+            "layers.0.attention.rotary_emb.inv_freq",
+        ),
     ),
     "llama": TestedFamily(
         tiny=decoder(LlamaConfig, num_key_value_heads=2),
@@ -77,6 +104,41 @@ TESTED: dict[str, TestedFamily] = {
         attention=("q_proj", "v_proj"),
         attention_weight="self_attn.o_proj.weight",
         tokenizer="bpe",
+        variants=({"mlp_bias": True, "attention_bias": True},),
+        old_buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
+    ),
+    "gemma2": TestedFamily(
+        tiny=decoder(Gemma2Config, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=6),
+        lm="AutoModelForCausalLM",
+        attention=("q_proj", "v_proj"),
+        attention_weight="self_attn.k_proj.weight",  # a norm follows, so that the scale of o_proj would not matter
+        tokenizer="bpe",
+        attention_implementations=("eager",),  # no other caps its logits
+        variants=({"attn_logit_softcapping": None, "final_logit_softcapping": None},),
+    ),
+    "gemma3_text": TestedFamily(
+        tiny=decoder(
+            Gemma3TextConfig,
+            num_key_value_heads=2,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=6,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+        lm="AutoModelForCausalLM",
+        attention=("q_proj", "v_proj"),
+        attention_weight="self_attn.q_norm.weight",  # norms follow all projections, so that a scale would not matter
+        tokenizer="bpe",
+        variants=({"use_bidirectional_attention": True}, {"final_logit_softcapping": 5.0}),
+    ),
+    "phi": TestedFamily(
+        tiny=decoder(PhiConfig, num_key_value_heads=2),
+        lm="AutoModelForCausalLM",
+        attention=("q_proj", "v_proj"),
+        attention_weight="self_attn.dense.weight",
+        tokenizer="bpe",
+        variants=({"qk_layernorm": True},),
+        old_buffers=("layers.0.self_attn.rotary_emb.inv_freq",),
     ),
     "electra": TestedFamily(
         tiny=encoder(ElectraConfig, embedding_size=16),
@@ -105,6 +167,17 @@ TESTED: dict[str, TestedFamily] = {
         attention=("q_proj", "v_proj"),
         attention_weight="self_attn.o_proj.weight",
         tokenizer="bpe",
+    ),
+    "qwen2": TestedFamily(
+        tiny=decoder(
+            Qwen2Config, num_key_value_heads=2, use_sliding_window=True, sliding_window=6, max_window_layers=1
+        ),
+        lm="AutoModelForCausalLM",
+        attention=("q_proj", "v_proj"),
+        attention_weight="self_attn.o_proj.weight",
+        tokenizer="bpe",
+        variants=({"use_sliding_window": False},),
+        not_heads={"AutoModelForDecision": "JevForDecision has a JevConfig; Qwen2 may be the body inside it"},
     ),
     "qwen3": TestedFamily(
         tiny=decoder(Qwen3Config, num_key_value_heads=2, head_dim=8),

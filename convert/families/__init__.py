@@ -3,14 +3,19 @@
 from .bert import BERT
 from .electra import ELECTRA
 from .family import Family
+from .gemma2 import GEMMA2
+from .gemma3_text import GEMMA3_TEXT
 from .gpt2 import GPT2
+from .gpt_neox import GPT_NEOX
 from .llama import LLAMA
 from .mistral import MISTRAL
+from .phi import PHI
+from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 from .roberta import ROBERTA
 from .xlm_roberta import XLM_ROBERTA
 
-_ALL = (BERT, ELECTRA, GPT2, LLAMA, MISTRAL, QWEN3, ROBERTA, XLM_ROBERTA)
+_ALL = (BERT, ELECTRA, GEMMA2, GEMMA3_TEXT, GPT2, GPT_NEOX, LLAMA, MISTRAL, PHI, QWEN2, QWEN3, ROBERTA, XLM_ROBERTA)
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from hf_moe.modeling import dense_type
 from hf_moe.modeling.configuration_moe import MoeConfigMixin
 
 
@@ -10,7 +11,7 @@ class Family:
     """One dense architecture. Module names are relative to a layer, the layer's to the model's body.
 
     Args:
-        config_class: the mixture's configuration; its `model_type` is the dense one with `_moe` behind it.
+        config_class: the mixture's configuration.
         layer: name of a layer, with `{layer}` for its index.
         up: the projection into the inner width; its input is what the router reads.
         gate: the projection into the gate, in gated networks; the same as `up` where one projection holds both, the
@@ -38,4 +39,4 @@ class Family:
 
     @property
     def model_type(self) -> str:
-        return self.config_class.model_type.removesuffix("_moe")
+        return dense_type(self.config_class)

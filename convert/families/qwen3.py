@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from hf_moe.modeling.configuration_qwen3_moe import Qwen3MoeConfig
+from hf_moe.modeling.configuration_qwen3_moe import Qwen3UpcycledMoeConfig
 
 from .llama import LLAMA
 
-QWEN3 = replace(LLAMA, config_class=Qwen3MoeConfig)
+QWEN3 = replace(LLAMA, config_class=Qwen3UpcycledMoeConfig)

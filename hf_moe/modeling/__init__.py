@@ -8,27 +8,44 @@ from transformers import PreTrainedModel
 
 from .configuration_bert_moe import BertMoeConfig
 from .configuration_electra_moe import ElectraMoeConfig
+from .configuration_gemma2_moe import Gemma2MoeConfig
+from .configuration_gemma3_text_moe import Gemma3TextMoeConfig
 from .configuration_gpt2_moe import GPT2MoeConfig
+from .configuration_gpt_neox_moe import GPTNeoXMoeConfig
 from .configuration_llama_moe import LlamaMoeConfig
 from .configuration_mistral_moe import MistralMoeConfig
 from .configuration_moe import MoeConfigMixin
-from .configuration_qwen3_moe import Qwen3MoeConfig
+from .configuration_phi_moe import PhiMoeConfig
+from .configuration_qwen2_moe import Qwen2UpcycledMoeConfig
+from .configuration_qwen3_moe import Qwen3UpcycledMoeConfig
 from .configuration_roberta_moe import RobertaMoeConfig
 from .configuration_xlm_roberta_moe import XLMRobertaMoeConfig
 
 _ALL = (
     BertMoeConfig,
     ElectraMoeConfig,
+    Gemma2MoeConfig,
+    Gemma3TextMoeConfig,
     GPT2MoeConfig,
+    GPTNeoXMoeConfig,
     LlamaMoeConfig,
     MistralMoeConfig,
-    Qwen3MoeConfig,
+    PhiMoeConfig,
+    Qwen2UpcycledMoeConfig,
+    Qwen3UpcycledMoeConfig,
     RobertaMoeConfig,
     XLMRobertaMoeConfig,
 )
 
+
+def dense_type(config_class: type[MoeConfigMixin]) -> str:
+    """`model_type` of the dense family. (The mixture's can't always be read back to it: Transformers has a
+    `qwen2_moe` of its own.)"""
+    return config_class.__bases__[1].model_type  # type: ignore[attr-defined]
+
+
 # Dense `model_type` -> the mixture's configuration.
-CONFIGS: dict[str, type[MoeConfigMixin]] = {config.model_type.removesuffix("_moe"): config for config in _ALL}
+CONFIGS: dict[str, type[MoeConfigMixin]] = {dense_type(config): config for config in _ALL}
 
 
 def modeling_module(config_class: type[MoeConfigMixin]) -> Any:

@@ -9,20 +9,20 @@ from .configuration_moe import MoeConfigMixin
 
 
 @strict
-class Qwen3MoeConfig(MoeConfigMixin, Qwen3Config):
+class Qwen3UpcycledMoeConfig(MoeConfigMixin, Qwen3Config):
     """`Qwen3Config` with the fields of `MoeConfigMixin`."""
 
-    model_type = "qwen3_moe"
+    model_type = "qwen3_upcycled_moe"
     attribute_map = {"num_local_experts": "num_experts"}
 
     modeling_module: ClassVar[str] = "modeling_qwen3_moe"
     auto_classes: ClassVar[dict[str, str]] = {
-        "AutoModel": "Qwen3MoeModel",
-        "AutoModelForCausalLM": "Qwen3MoeForCausalLM",
-        "AutoModelForSequenceClassification": "Qwen3MoeForSequenceClassification",
-        "AutoModelForTokenClassification": "Qwen3MoeForTokenClassification",
-        "AutoModelForQuestionAnswering": "Qwen3MoeForQuestionAnswering",
+        "AutoModel": "Qwen3UpcycledMoeModel",
+        "AutoModelForCausalLM": "Qwen3UpcycledMoeForCausalLM",
+        "AutoModelForSequenceClassification": "Qwen3UpcycledMoeForSequenceClassification",
+        "AutoModelForTokenClassification": "Qwen3UpcycledMoeForTokenClassification",
+        "AutoModelForQuestionAnswering": "Qwen3UpcycledMoeForQuestionAnswering",
     }
 
 
-__all__ = ["Qwen3MoeConfig"]
+__all__ = ["Qwen3UpcycledMoeConfig"]

@@ -6,6 +6,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
@@ -13,6 +14,7 @@ import hf_moe
 from hf_moe.convert import open_checkpoint, plan_upcycle
 from hf_moe.recipe import UpcycleRecipe
 from tests.conftest import batch
+from tests.families import TESTED
 
 
 def copied(folder, to):
@@ -91,6 +93,18 @@ def test_gpt2_as_it_lies_on_the_hub(dense_folder, tmp_path):
     assert made.certificate["passed"]
     assert set(made.plan.dropped) == set(masks)
     assert "transformer.h.0.mlp.experts.up_proj" in load_file(made.path / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", [name for name, row in TESTED.items() if row.old_buffers])
+def test_buffers_that_old_checkpoints_hold_are_dropped(family, dense_folder, tmp_path):
+    folder = copied(dense_folder(family), tmp_path / "dense")
+    weights = load_file(folder / "model.safetensors")
+    prefix = getattr(transformers, TESTED[family].lm)._model_mapping[type(TESTED[family].tiny())].base_model_prefix
+    buffers = {f"{prefix}.{name}": torch.ones(1, 1, 64, 64) for name in TESTED[family].old_buffers}
+    save_file({**weights, **buffers}, folder / "model.safetensors")
+    made = upcycled(folder, tmp_path)
+    assert made.certificate["passed"]
+    assert set(made.plan.dropped) == set(buffers)
 
 
 def test_parts_of_other_heads_come_along(dense_folder, tmp_path):

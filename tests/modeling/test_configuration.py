@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import transformers
 from huggingface_hub.errors import StrictDataclassError
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from hf_moe.modeling import CONFIGS
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, moe_classes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -59,6 +61,14 @@ def test_names_of_the_ecosystem(family):
     assert config.num_local_experts == config.num_experts == 8
     assert config.moe_intermediate_size == config.dense_intermediate_size > 0
     assert {"aux_loss", "z_loss", "router_logits", "past_key_values"} <= set(config.keys_to_ignore_at_inference)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_name_is_one_of_transformers_own(family):
+    """Registered under the name of a native mixture, ours would be loaded in its place; and the other way round,
+    wherever else `architectures` is read."""
+    assert CONFIGS[family].model_type not in CONFIG_MAPPING_NAMES
+    assert not {name for name in moe_classes(family) if hasattr(transformers, name)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

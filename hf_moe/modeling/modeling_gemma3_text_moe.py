@@ -1,0 +1,67 @@
+"""Gemma 3 (text) with a mixture of experts in the place of its feed-forward networks: models."""
+
+from transformers.generation import GenerationMixin
+from transformers.models.gemma3.modeling_gemma3 import (
+    Gemma3DecoderLayer,
+    Gemma3ForCausalLM,
+    Gemma3PreTrainedModel,
+    Gemma3TextForSequenceClassification,
+    Gemma3TextModel,
+)
+from transformers.utils.output_capturing import OutputRecorder
+
+from .configuration_gemma3_text_moe import Gemma3TextMoeConfig
+from .modeling_moe import (
+    MoeBaseModelOutputWithPast,
+    MoeCausalLMOutputWithPast,
+    MoePreTrainedModelMixin,
+    MoeSequenceClassifierOutputWithPast,
+    auto_model_of,
+    body_forward,
+    head_forward,
+    rebind,
+)
+from .moe_layers import MoeBlock, TopKRouter
+
+
+class Gemma3TextMoeDecoderLayer(Gemma3DecoderLayer):
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        if layer_idx in config.moe_layer_indices:
+            self.mlp = MoeBlock(  # type: ignore[assignment]
+                config, hidden_act=config.hidden_activation, gated=True, bias=False
+            )
+
+
+class Gemma3TextMoePreTrainedModel(MoePreTrainedModelMixin, Gemma3PreTrainedModel):
+    config: Gemma3TextMoeConfig
+    config_class = Gemma3TextMoeConfig
+    _no_split_modules = ["Gemma3TextMoeDecoderLayer"]
+    _can_record_outputs = {
+        **Gemma3PreTrainedModel._can_record_outputs,
+        "router_logits": OutputRecorder(TopKRouter, index=0),
+    }
+
+
+class Gemma3TextMoeModel(Gemma3TextMoePreTrainedModel, Gemma3TextModel):
+    __init__ = rebind(Gemma3TextModel.__init__, Gemma3DecoderLayer=Gemma3TextMoeDecoderLayer)
+    forward = body_forward(Gemma3TextModel.forward, MoeBaseModelOutputWithPast)
+
+
+class Gemma3TextMoeForCausalLM(Gemma3TextMoePreTrainedModel, Gemma3ForCausalLM, GenerationMixin):
+    __init__ = rebind(Gemma3ForCausalLM.__init__, Gemma3TextModel=Gemma3TextMoeModel)
+    forward = head_forward(Gemma3ForCausalLM.forward, MoeCausalLMOutputWithPast)
+
+
+class Gemma3TextMoeForSequenceClassification(Gemma3TextMoePreTrainedModel, Gemma3TextForSequenceClassification):
+    __init__ = rebind(Gemma3TextForSequenceClassification.__init__, AutoModel=auto_model_of(Gemma3TextMoeModel))
+    forward = head_forward(Gemma3TextForSequenceClassification.forward, MoeSequenceClassifierOutputWithPast)
+
+
+__all__ = [
+    "Gemma3TextMoeConfig",
+    "Gemma3TextMoeForCausalLM",
+    "Gemma3TextMoeForSequenceClassification",
+    "Gemma3TextMoeModel",
+    "Gemma3TextMoePreTrainedModel",
+]
