@@ -4,12 +4,14 @@ from .certificate import certify, read_certificate, write_certificate
 from .checkpoint import Checkpoint, open_checkpoint
 from .conversion import Progress, Upcycled, from_dense, upcycle
 from .families import FAMILIES, Family
+from .mixture import Mixture, open_mixture
 from .plan import Plan, TensorPlan, plan_upcycle
 
 __all__ = [
     "FAMILIES",
     "Checkpoint",
     "Family",
+    "Mixture",
     "Plan",
     "Progress",
     "TensorPlan",
@@ -17,6 +19,7 @@ __all__ = [
     "certify",
     "from_dense",
     "open_checkpoint",
+    "open_mixture",
     "plan_upcycle",
     "read_certificate",
     "upcycle",
