@@ -12,6 +12,8 @@ from hf_moe.modeling.modeling_gemma3_text_moe import *
 from hf_moe.modeling.modeling_gemma3_text_moe import __all__ as _gemma3_text
 from hf_moe.modeling.modeling_gpt2_moe import *
 from hf_moe.modeling.modeling_gpt2_moe import __all__ as _gpt2
+from hf_moe.modeling.modeling_gpt_neo_moe import *
+from hf_moe.modeling.modeling_gpt_neo_moe import __all__ as _gpt_neo
 from hf_moe.modeling.modeling_gpt_neox_moe import *
 from hf_moe.modeling.modeling_gpt_neox_moe import __all__ as _gpt_neox
 from hf_moe.modeling.modeling_llama_moe import *
@@ -40,6 +42,7 @@ __all__ += [
     *_gemma2,
     *_gemma3_text,
     *_gpt2,
+    *_gpt_neo,
     *_gpt_neox,
     *_llama,
     *_mistral,

@@ -36,7 +36,11 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.utils import ModelOutput, logging
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
+from transformers.utils.output_capturing import (
+    CompileableContextVar,
+    capture_outputs,
+    maybe_install_capturing_hooks,
+)
 
 from .moe_layers import MoeBlock, MoeExperts, TopKRouter, load_balancing_loss, router_z_loss
 
@@ -91,6 +95,40 @@ class RouterState:
     token_mask: torch.Tensor | None = None
 
 
+# Of the head that is running, where it can't hand its state on by name.
+_router_state = CompileableContextVar("router_state")
+
+
+def state_by_context(dense_forward: Callable) -> Callable:
+    """`forward` of a head that drops the keyword arguments its body could take: the state reaches the body anyway."""
+
+    @functools.wraps(dense_forward)
+    def forward(self, *args, router_state: RouterState | None = None, **kwargs):
+        token = _router_state.set(router_state)
+        try:
+            return dense_forward(self, *args, **kwargs)
+        finally:
+            _router_state.reset(token)
+
+    return forward
+
+
+def _state_of_context() -> RouterState | None:
+    """torch.compile can't trace `get` where nothing was set."""
+    return _router_state.global_var if torch.compiler.is_compiling() else _router_state.get()
+
+
+def capturing(dense_forward: Callable) -> Callable:
+    """`forward` of a body that gathers its outputs by hand, with Transformers' output capturing around it."""
+
+    @capture_outputs
+    @functools.wraps(dense_forward)
+    def forward(self, *args, **kwargs):
+        return dense_forward(self, *args, **kwargs, return_dict=True)
+
+    return forward
+
+
 def body_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Callable:
     """The dense body's `forward`, returning `router_logits` and filling a head's `router_state`.
 
@@ -103,6 +141,7 @@ def body_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
     def forward(self, *args, router_state: RouterState | None = None, **kwargs):
         kwargs.update(_named(names, args))
         return_dict = kwargs.pop("return_dict", None)
+        router_state = router_state or _state_of_context()
         if router_state is not None:
             kwargs["output_router_logits"] = True
             _install_capturing(self)
