@@ -10,6 +10,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
     GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
@@ -167,6 +168,15 @@ TESTED: dict[str, TestedFamily] = {
         no_static_cache="its local attention takes the length of the cache for the length of the text",
         with_12_layers={"attention_types": [[["global", "local"], 6]]},
         old_buffers=("h.0.attn.attention.bias", "h.0.attn.attention.masked_bias"),
+    ),
+    "gptj": TestedFamily(
+        tiny=decoder(GPTJConfig, n_inner=64, rotary_dim=4),
+        lm="AutoModelForCausalLM",
+        attention=("q_proj", "v_proj"),
+        attention_weight="attn.out_proj.weight",
+        tokenizer="bpe",
+        attention_implementations=("eager",),
+        old_buffers=("h.0.attn.bias", "h.0.attn.masked_bias"),
     ),
     "electra": TestedFamily(
         tiny=encoder(ElectraConfig, embedding_size=16),

@@ -8,6 +8,7 @@ from .gemma3_text import GEMMA3_TEXT
 from .gpt2 import GPT2
 from .gpt_neo import GPT_NEO
 from .gpt_neox import GPT_NEOX
+from .gptj import GPTJ
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .opt import OPT
@@ -25,6 +26,7 @@ _ALL = (
     GPT2,
     GPT_NEO,
     GPT_NEOX,
+    GPTJ,
     LLAMA,
     MISTRAL,
     OPT,

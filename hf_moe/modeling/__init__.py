@@ -13,6 +13,7 @@ from .configuration_gemma3_text_moe import Gemma3TextMoeConfig
 from .configuration_gpt2_moe import GPT2MoeConfig
 from .configuration_gpt_neo_moe import GPTNeoMoeConfig
 from .configuration_gpt_neox_moe import GPTNeoXMoeConfig
+from .configuration_gptj_moe import GPTJMoeConfig
 from .configuration_llama_moe import LlamaMoeConfig
 from .configuration_mistral_moe import MistralMoeConfig
 from .configuration_moe import MoeConfigMixin
@@ -31,6 +32,7 @@ _ALL = (
     GPT2MoeConfig,
     GPTNeoMoeConfig,
     GPTNeoXMoeConfig,
+    GPTJMoeConfig,
     LlamaMoeConfig,
     MistralMoeConfig,
     OPTMoeConfig,
