@@ -21,7 +21,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     model_type = config.get("model_type")
     described = {
         "source": checkpoint.source,
-        "family": moe_types.get(model_type, model_type),
+        "family": moe_types.get(str(model_type), model_type),
         "class": (config.get("architectures") or [None])[0],
         "layers": next((config[name] for name in LAYER_COUNTS if name in config), None),
         "dtypes": sorted({info.dtype for info in checkpoint.tensors.values()}),
