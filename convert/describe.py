@@ -12,7 +12,7 @@ from .mixture import is_mixture, open_mixture
 from .plan import Plan
 from .writer import split
 
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers")  # by the names of BERT, GPT-2, DistilBERT
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

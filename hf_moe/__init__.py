@@ -14,8 +14,12 @@ from hf_moe.modeling.modeling_gemma3_text_moe import *
 from hf_moe.modeling.modeling_gemma3_text_moe import __all__ as _gemma3_text
 from hf_moe.modeling.modeling_gpt2_moe import *
 from hf_moe.modeling.modeling_gpt2_moe import __all__ as _gpt2
+from hf_moe.modeling.modeling_gpt_neo_moe import *
+from hf_moe.modeling.modeling_gpt_neo_moe import __all__ as _gpt_neo
 from hf_moe.modeling.modeling_gpt_neox_moe import *
 from hf_moe.modeling.modeling_gpt_neox_moe import __all__ as _gpt_neox
+from hf_moe.modeling.modeling_gptj_moe import *
+from hf_moe.modeling.modeling_gptj_moe import __all__ as _gptj
 from hf_moe.modeling.modeling_llama_moe import *
 from hf_moe.modeling.modeling_llama_moe import __all__ as _llama
 from hf_moe.modeling.modeling_mistral_moe import *
@@ -45,6 +49,9 @@ __all__ += [
     *_distilbert,
     *_electra,
     *_gpt2,
+    *_gpt_neo,
+    *_gpt_neox,
+    *_gptj,
     *_llama,
     *_mistral,
     *_modernbert,

@@ -11,6 +11,8 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
@@ -35,6 +37,8 @@ class TestedFamily:
     attention_weight: a weight of the attention, relative to a layer.
     tokenizer: "wordpiece", "unigram" or "bpe".
     attention_implementations: those that the dense family has, and that run everywhere.
+    no_static_cache: why the dense model itself does not work with one.
+    with_12_layers: what a configuration needs besides their number.
     variants: other configurations of the architecture, which must be converted as exactly.
     old_buffers: constants, by their names in the body, that checkpoints of older Transformers hold.
     not_heads: Auto classes that Transformers lists for the family, but whose class is another family's -> why.
@@ -49,6 +53,8 @@ class TestedFamily:
     attention_weight: str
     tokenizer: str
     attention_implementations: tuple[str, ...] = ("sdpa", "eager")
+    no_static_cache: str = ""
+    with_12_layers: dict[str, Any] = field(default_factory=dict)
     variants: tuple[dict[str, Any], ...] = ()
     old_buffers: tuple[str, ...] = ()
     not_heads: dict[str, str] = field(default_factory=dict)
@@ -156,6 +162,26 @@ TESTED: dict[str, TestedFamily] = {
             {"do_layer_norm_before": False, "word_embed_proj_dim": 16},
             {"layer_norm_elementwise_affine": False, "enable_bias": False},
         ),
+    ),
+    "gpt_neo": TestedFamily(
+        tiny=decoder(GPTNeoConfig, attention_types=[[["global", "local", "global"], 1]], window_size=6),
+        lm="AutoModelForCausalLM",
+        attention=("q_proj", "v_proj"),
+        attention_weight="attn.attention.out_proj.weight",
+        tokenizer="bpe",
+        attention_implementations=("eager",),
+        no_static_cache="its local attention takes the length of the cache for the length of the text",
+        with_12_layers={"attention_types": [[["global", "local"], 6]]},
+        old_buffers=("h.0.attn.attention.bias", "h.0.attn.attention.masked_bias"),
+    ),
+    "gptj": TestedFamily(
+        tiny=decoder(GPTJConfig, n_inner=64, rotary_dim=4),
+        lm="AutoModelForCausalLM",
+        attention=("q_proj", "v_proj"),
+        attention_weight="attn.out_proj.weight",
+        tokenizer="bpe",
+        attention_implementations=("eager",),
+        old_buffers=("h.0.attn.bias", "h.0.attn.masked_bias"),
     ),
     "electra": TestedFamily(
         tiny=encoder(ElectraConfig, embedding_size=16),

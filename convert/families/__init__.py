@@ -7,7 +7,9 @@ from .family import Family
 from .gemma2 import GEMMA2
 from .gemma3_text import GEMMA3_TEXT
 from .gpt2 import GPT2
+from .gpt_neo import GPT_NEO
 from .gpt_neox import GPT_NEOX
+from .gptj import GPTJ
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .modernbert import MODERNBERT
@@ -26,7 +28,9 @@ _ALL = (
     GEMMA2,
     GEMMA3_TEXT,
     GPT2,
+    GPT_NEO,
     GPT_NEOX,
+    GPTJ,
     LLAMA,
     MISTRAL,
     MODERNBERT,

@@ -12,7 +12,9 @@ from .configuration_electra_moe import ElectraMoeConfig
 from .configuration_gemma2_moe import Gemma2MoeConfig
 from .configuration_gemma3_text_moe import Gemma3TextMoeConfig
 from .configuration_gpt2_moe import GPT2MoeConfig
+from .configuration_gpt_neo_moe import GPTNeoMoeConfig
 from .configuration_gpt_neox_moe import GPTNeoXMoeConfig
+from .configuration_gptj_moe import GPTJMoeConfig
 from .configuration_llama_moe import LlamaMoeConfig
 from .configuration_mistral_moe import MistralMoeConfig
 from .configuration_modernbert_moe import ModernBertMoeConfig
@@ -32,7 +34,9 @@ _ALL = (
     Gemma2MoeConfig,
     Gemma3TextMoeConfig,
     GPT2MoeConfig,
+    GPTNeoMoeConfig,
     GPTNeoXMoeConfig,
+    GPTJMoeConfig,
     LlamaMoeConfig,
     MPNetMoeConfig,
     MistralMoeConfig,

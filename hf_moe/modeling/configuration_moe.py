@@ -39,7 +39,7 @@ class MoeConfigMixin(_Base):
 
     if TYPE_CHECKING:
         num_hidden_layers: int
-        intermediate_size: int
+        intermediate_size: Any  # None in some families: a multiple of the hidden size
 
     # A family fills these in.
     modeling_module: ClassVar[str]

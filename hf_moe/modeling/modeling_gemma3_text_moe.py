@@ -34,7 +34,7 @@ class Gemma3TextMoeDecoderLayer(Gemma3DecoderLayer):
 
 
 class Gemma3TextMoePreTrainedModel(MoePreTrainedModelMixin, Gemma3PreTrainedModel):
-    config: Gemma3TextMoeConfig
+    config: Gemma3TextMoeConfig  # type: ignore[assignment]
     config_class = Gemma3TextMoeConfig
     _no_split_modules = ["Gemma3TextMoeDecoderLayer"]
     _can_record_outputs = {
@@ -43,17 +43,19 @@ class Gemma3TextMoePreTrainedModel(MoePreTrainedModelMixin, Gemma3PreTrainedMode
     }
 
 
-class Gemma3TextMoeModel(Gemma3TextMoePreTrainedModel, Gemma3TextModel):
+class Gemma3TextMoeModel(Gemma3TextMoePreTrainedModel, Gemma3TextModel):  # type: ignore[misc]
     __init__ = rebind(Gemma3TextModel.__init__, Gemma3DecoderLayer=Gemma3TextMoeDecoderLayer)
     forward = body_forward(Gemma3TextModel.forward, MoeBaseModelOutputWithPast)
 
 
-class Gemma3TextMoeForCausalLM(Gemma3TextMoePreTrainedModel, Gemma3ForCausalLM, GenerationMixin):
+class Gemma3TextMoeForCausalLM(Gemma3TextMoePreTrainedModel, Gemma3ForCausalLM, GenerationMixin):  # type: ignore[misc]
     __init__ = rebind(Gemma3ForCausalLM.__init__, Gemma3TextModel=Gemma3TextMoeModel)
     forward = head_forward(Gemma3ForCausalLM.forward, MoeCausalLMOutputWithPast)
 
 
-class Gemma3TextMoeForSequenceClassification(Gemma3TextMoePreTrainedModel, Gemma3TextForSequenceClassification):
+class Gemma3TextMoeForSequenceClassification(  # type: ignore[misc]
+    Gemma3TextMoePreTrainedModel, Gemma3TextForSequenceClassification
+):
     __init__ = rebind(Gemma3TextForSequenceClassification.__init__, AutoModel=auto_model_of(Gemma3TextMoeModel))
     forward = head_forward(Gemma3TextForSequenceClassification.forward, MoeSequenceClassifierOutputWithPast)
 

@@ -35,10 +35,11 @@ class OPTMoeDecoderLayer(OPTDecoderLayer):
         if layer_idx in config.moe_layer_indices:
             del self.fc1
             self.mlp = MoeBlock(config, hidden_act=config.activation_function, bias=config.enable_bias)
-            self.activation_fn, self.fc2 = nn.Identity(), nn.Identity()
+            self.activation_fn = nn.Identity()
+            self.fc2 = nn.Identity()  # type: ignore[assignment]
 
     @property
-    def fc1(self):
+    def fc1(self):  # type: ignore[override]
         """The dense layer calls `fc1`, the activation and `fc2` itself; a mixture is all three, and keeps its name."""
         return self._modules["mlp" if "mlp" in self._modules else "fc1"]
 
@@ -62,7 +63,8 @@ class OPTMoeModel(OPTMoePreTrainedModel, OPTModel):
     __init__ = rebind(OPTModel.__init__, OPTDecoder=OPTMoeDecoder)
 
     @functools.wraps(OPTModel.forward)
-    def forward(self, *args, **kwargs):  # the dense one hands on by name what its decoder returns: no router logits
+    def forward(self, *args, **kwargs):  # type: ignore[override]
+        """As the dense one, which hands on a few of its decoder's outputs: not the router logits."""
         return self.decoder(*args, **kwargs)
 
 

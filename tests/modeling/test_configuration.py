@@ -9,6 +9,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from hf_moe.modeling import CONFIGS
 from tests.conftest import FAMILIES, moe_classes
+from tests.families import TESTED
+
+
+def twelve_layers(family, **values):
+    return CONFIGS[family](num_hidden_layers=12, **TESTED[family].with_12_layers, **values)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -31,7 +36,7 @@ from tests.conftest import FAMILIES, moe_classes
 )
 def test_impossible_values_are_refused_in_a_sentence(family, values, sentence):
     with pytest.raises(StrictDataclassError) as caught:
-        CONFIGS[family](num_hidden_layers=12, **values)
+        twelve_layers(family, **values)
     assert sentence in str(caught.value)
 
 
@@ -50,14 +55,12 @@ def test_an_impossible_change_is_refused_when_saved(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip(family, tmp_path):
-    config = CONFIGS[family](
-        num_hidden_layers=12, num_experts=6, moe_layers=[3, 1], upcycled_from={"source": "x", "revision": None}
-    )
+    config = twelve_layers(family, num_experts=6, moe_layers=[3, 1], upcycled_from={"source": "x", "revision": None})
     config.save_pretrained(tmp_path)
     again = CONFIGS[family].from_pretrained(tmp_path)
     assert again.to_dict() == {**config.to_dict(), "_name_or_path": again._name_or_path}
     assert again.moe_layer_indices == [1, 3]
-    assert CONFIGS[family](num_hidden_layers=12).moe_layer_indices == list(range(12))
+    assert twelve_layers(family).moe_layer_indices == list(range(12))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -174,7 +174,7 @@ def test_a_cached_mask_is_longer_than_the_tokens(family):
     torch.testing.assert_close(rest.router_logits[0], expected, rtol=1e-4, atol=1e-5)
 
 
-@every_decoder
+@pytest.mark.parametrize("family", [family for family in DECODERS if not TESTED[family].no_static_cache])
 def test_static_cache(family):
     model = tiny_moe(family)
     inputs = batch(family, padding=False)
@@ -273,6 +273,16 @@ def test_compile_in_one_graph(family, implementation):
     loss.backward()
     got = loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert_same(got, expected, tolerance=1e-4)
+
+
+@every_family
+def test_compile_in_evaluation(family):
+    model = tiny_moe(family)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    inputs = batch(family)
+    kept = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs)[0][kept], model(**inputs)[0][kept], rtol=1e-4, atol=1e-5)
 
 
 @every_family

@@ -60,6 +60,7 @@ HEADS = [
     ("bert", "BertMoeForTokenClassification"),
     ("gpt2", "GPT2MoeLMHeadModel"),
     ("gpt2", "GPT2MoeForSequenceClassification"),
+    ("gpt_neo", "GPTNeoMoeForTokenClassification"),
     ("llama", "LlamaMoeForCausalLM"),
     ("llama", "LlamaMoeForSequenceClassification"),
     ("llama", "LlamaMoeForTokenClassification"),
