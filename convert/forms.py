@@ -13,16 +13,22 @@ class Form:
         experts: tensor -> the roles whose rows it holds, in order.
         shared: role -> tensor of the shared expert.
         endings: what follows a tensor's name, for "weight" and "bias".
+        shared_gate: of the weight by whose sigmoid the shared expert's output is multiplied; "": it has none.
     """
 
     router: str
     experts: dict[str, tuple[str, ...]]
     shared: dict[str, str]
     endings: dict[str, str]
+    shared_gate: str = ""
 
     @property
     def stacked(self) -> bool:
         return not any("{expert}" in name for name in self.experts)
+
+    def holding(self, role: str) -> tuple[str, tuple[str, ...]]:
+        """The experts' tensor that holds the rows of `role`, and whose rows it holds."""
+        return next((name, roles) for name, roles in self.experts.items() if role in roles)
 
 
 SHARED = {role: f"{{block}}.shared_expert.{role}_proj" for role in ("gate", "up", "down")}
@@ -36,4 +42,15 @@ def our_form(gated: bool) -> Form:
         experts={f"{{block}}.experts.{name}": roles for name, roles in (inner | {"down_proj": ("down",)}).items()},
         shared=SHARED,
         endings={"weight": "", "bias": "_bias"},
+    )
+
+
+def separate_form(shared_gate: str = "", **projections: str) -> Form:
+    """That of Transformers' own mixtures, which write each expert by itself: role -> its projection's name."""
+    return Form(
+        router="{block}.gate.weight",
+        experts={f"{{block}}.experts.{{expert}}.{name}": (role,) for role, name in projections.items()},
+        shared=SHARED,
+        endings={"weight": ".weight", "bias": ".bias"},
+        shared_gate=shared_gate,
     )
