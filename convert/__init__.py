@@ -3,8 +3,11 @@
 from .certificate import certify, read_certificate, write_certificate
 from .checkpoint import Checkpoint, open_checkpoint
 from .conversion import Progress, Upcycled, from_dense, upcycle
+from .downcycle import downcycle
 from .families import FAMILIES, Family
 from .plan import Plan, TensorPlan, plan_upcycle
+from .prune import merge_experts, prune
+from .reduce import Reduced
 
 __all__ = [
     "FAMILIES",
@@ -12,12 +15,16 @@ __all__ = [
     "Family",
     "Plan",
     "Progress",
+    "Reduced",
     "TensorPlan",
     "Upcycled",
     "certify",
+    "downcycle",
     "from_dense",
+    "merge_experts",
     "open_checkpoint",
     "plan_upcycle",
+    "prune",
     "read_certificate",
     "upcycle",
     "write_certificate",
