@@ -213,7 +213,7 @@ def copy_size(mixture: Mixture) -> int:
 
 def _class_of(mixture: Mixture) -> type[PreTrainedModel]:
     config = mixture.config
-    name = (config.architectures or [None])[0]
+    name = config.architectures[0] if config.architectures else None
     if isinstance(config, MoeConfigMixin):
         found = getattr(modeling_module(type(config)), name or config.auto_classes["AutoModel"], None)
     else:

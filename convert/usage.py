@@ -159,9 +159,9 @@ def measure(
 
     def see(layer: int, experts: torch.nn.Module, x_TD, index_TK, gates_TK) -> None:
         if layer not in usage.counts:
-            size = experts.num_experts
-            usage.counts[layer] = torch.zeros(size, dtype=torch.float64)  # type: ignore[arg-type]
-            usage.norms[layer] = torch.zeros(size, dtype=torch.float64)  # type: ignore[arg-type]
+            size = int(experts.num_experts)  # type: ignore[arg-type]
+            usage.counts[layer] = torch.zeros(size, dtype=torch.float64)
+            usage.norms[layer] = torch.zeros(size, dtype=torch.float64)
         usage.counts[layer] += torch.bincount(index_TK.flatten(), minlength=len(usage.counts[layer]))
         usage.gates[layer] = usage.gates.get(layer, 0.0) + gates_TK.double().sum().item()
         tokens[layer] += len(x_TD)
