@@ -5,6 +5,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .conversion import Progress, Upcycled, from_dense, upcycle
 from .downcycle import downcycle
 from .families import FAMILIES, Family
+from .mixture import Mixture, open_mixture
 from .plan import Plan, TensorPlan, plan_upcycle
 from .prune import merge_experts, prune
 from .reduce import Reduced
@@ -13,6 +14,7 @@ __all__ = [
     "FAMILIES",
     "Checkpoint",
     "Family",
+    "Mixture",
     "Plan",
     "Progress",
     "Reduced",
@@ -23,6 +25,7 @@ __all__ = [
     "from_dense",
     "merge_experts",
     "open_checkpoint",
+    "open_mixture",
     "plan_upcycle",
     "prune",
     "read_certificate",

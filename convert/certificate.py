@@ -20,9 +20,9 @@ from .compare import (
     generate_greedily,
     load_model,
     make_batches,
+    make_measurable,
     run_model,
 )
-from .families import Family
 from .manifest import update_manifest
 from .plan import Plan
 from .weights import compare_weights, plan_of
@@ -84,6 +84,8 @@ def certify(
         progress(f"comparing in {dtype}")
         dense_model = load_model(plan.dense_class, dense, dtype, rounded_to=plan.recipe.dtype)
         moe_model = load_model(plan.moe_class, moe, dtype)
+        if plan.target.kind == "native":
+            make_measurable(moe_model, _routers(plan))
         if not batches:
             batches, text_note = make_batches(dense, dense_model.config, texts, seed)
         dense_outputs = {batch.name: run_model(dense_model, batch) for batch in batches}
@@ -95,6 +97,8 @@ def certify(
             rounding = max(compare_outputs(exact[b.name], dense_outputs[b.name], b)["max_rel"] for b in batches)
             limit = max(limit, 2 * rounding)
         runs[dtype] = _verdict(dense_outputs, moe_outputs, batches, JUDGED[dtype], limit)
+        if dtype == "float64" and plan.target.kind == "native":
+            runs[dtype]["gates"] = "computed in float64; the class itself rounds them to float32"
         if dtype == "float32":
             runs[dtype]["dense_rounding"] = rounding
             if plan.dense_class.can_generate():
@@ -102,7 +106,7 @@ def certify(
                 runs[dtype]["greedy"] = _same_text(dense_model, moe_model, batches)
         if not runs[dtype]["passed"]:
             progress("looking for the layer that differs")
-            runs[dtype]["bisect"] = bisect(dense_model, moe_model, plan.family, batches[0], limit, JUDGED[dtype])
+            runs[dtype]["bisect"] = bisect(dense_model, moe_model, plan, batches[0], limit, JUDGED[dtype])
 
     recorded = moe.config.get("upcycled_from")
     return without_nan(
@@ -178,6 +182,12 @@ def explain(certificate: dict[str, Any]) -> str:
     return f"{line}; {measured}; {failed['bisect']['summary']}"
 
 
+def _routers(plan: Plan) -> list[str]:
+    """The routers' names in the body of a native model."""
+    router = plan.target.loaded.router.format(block=plan.target.block).removesuffix(".weight")
+    return [f"{plan.family.layer.format(layer=layer)}.{router}" for layer in plan.networks]
+
+
 def _same_text(dense_model: PreTrainedModel, moe_model: PreTrainedModel, batches: list[Batch]) -> dict[str, Any]:
     """Whether both continue every prompt by the same tokens. Reported, not judged: in float32 a near-tie may fall
     either way without the functions being different ones."""
@@ -198,7 +208,7 @@ def _verdict(dense, moe, batches: list[Batch], judged: str, limit: float) -> dic
 
 @torch.no_grad()
 def bisect(
-    dense: PreTrainedModel, moe: PreTrainedModel, family: Family, batch: Batch, limit: float, judged: str
+    dense: PreTrainedModel, moe: PreTrainedModel, plan: Plan, batch: Batch, limit: float, judged: str
 ) -> dict[str, Any]:
     """Where the two part: each mixture layer alone, on the inputs its dense twin sees; and the hidden states' trail.
 
@@ -206,17 +216,17 @@ def bisect(
         `layers`: for each layer, `hidden_state` (relative difference behind it) and, in mixture layers,
         `feed_forward` (of its mixture alone, given the dense inputs); `summary`: the verdict in words.
     """
-    captured = capture_feed_forward(dense, family, batch)
+    captured = capture_feed_forward(dense, plan.family, batch)
     dense_states, moe_states = run_model(dense, batch), run_model(moe, batch)
     layers: list[dict[str, Any]] = []
     for index in range(dense.config.num_hidden_layers):
         name = f"hidden_states.{index + 1}"
         difference = difference_of(dense_states[name], moe_states[name])
         entry: dict[str, Any] = {"layer": index, "hidden_state": difference[judged]}
-        if index in moe.config.moe_layer_indices:
+        if index in plan.networks:
             x, y = captured[index]
-            block = moe.base_model.get_submodule(f"{family.layer.format(layer=index)}.{family.block}")
-            entry["feed_forward"] = difference_of(y.double(), block(x).double())[judged]
+            block = moe.base_model.get_submodule(f"{plan.family.layer.format(layer=index)}.{plan.target.block}")
+            entry["feed_forward"] = difference_of(y.double(), block(x[None])[0].double())[judged]
         layers.append(entry)
     return {"summary": _summary(layers, limit), "layers": layers}
 

@@ -1,13 +1,17 @@
 """Which family a checkpoint belongs to, and which classes stand for it before and after."""
 
-import transformers
-from transformers import PreTrainedModel
+from typing import Any
 
-from hf_moe.errors import SourceError
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hf_moe.errors import HfMoeError, SourceError
 from hf_moe.modeling import modeling_module
 
 from .checkpoint import Checkpoint
 from .families import FAMILIES, Family
+from .quiet import quiet
 
 # Marks of a configuration that describes a mixture already.
 MOE_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -67,3 +71,15 @@ def body_name(family: Family) -> str:
     """Name of the family's dense class without a head."""
     moe_name = family.config_class.auto_classes["AutoModel"]
     return next(name for name, cls in moe_classes(family).items() if cls.__name__ == moe_name)
+
+
+def make_config(
+    config_class: type[PretrainedConfig], values: dict[str, Any], kind: type[HfMoeError], where: str
+) -> PretrainedConfig:
+    """A configuration of `values`; what it refuses is raised as a `kind` that begins with `where`."""
+    try:
+        with quiet():
+            return config_class.from_dict(values)
+    except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise kind(f"{where}: {reason}") from error

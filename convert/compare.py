@@ -120,6 +120,23 @@ def load_model(
     return model.to(getattr(torch, dtype)).eval()
 
 
+def make_measurable(model: PreTrainedModel, routers: list[str]) -> None:
+    """Lets one of Transformers' own mixtures be measured in float64: its fast kernels have none, and its routers round
+    the gates to float32 in every dtype, which would be all that one sees."""
+    model.set_experts_implementation("eager")
+    renormalised = getattr(model.config, "norm_topk_prob", True)
+
+    def widen(router, args, output):
+        logits, gates, index = output
+        if logits.dtype != torch.float64:
+            return output
+        gates = logits.softmax(dim=-1).gather(-1, index)
+        return logits, gates / gates.sum(dim=-1, keepdim=True) if renormalised else gates, index
+
+    for name in routers:
+        model.base_model.get_submodule(name).register_forward_hook(widen)
+
+
 def run_model(model: PreTrainedModel, batch: Batch, hidden_states: bool = True) -> dict[str, torch.Tensor]:
     """Named float outputs in float64, hidden states (if wanted) as `hidden_states.N`: (tokens, …), padding left out,
     or (rows, …) where there is one a sequence.

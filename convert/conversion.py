@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from hf_moe.errors import CertificateError, UsageError
 from hf_moe.modeling import dense_type
+from hf_moe.modeling.configuration_moe import MoeConfigMixin
 from hf_moe.recipe import UpcycleRecipe
 
 from .certificate import certify, explain, write_certificate
@@ -199,7 +200,8 @@ def _write_beside(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
     recipe = replace(plan.recipe, base_model=checkpoint.source, revision=checkpoint.revision)
     plan.config.upcycled_from = {**checkpoint.identity, "recipe": recipe.changed()}
     plan.config.to_json_file(folder / "config.json")
-    plan.config.save_code(folder)
+    if isinstance(plan.config, MoeConfigMixin):
+        plan.config.save_code(folder)
     (folder / RECIPE_NAME).write_text(recipe.to_yaml(), encoding="utf-8")
     copy_side_files(checkpoint, plan.family.model_type, folder)
 

@@ -8,6 +8,7 @@ from hf_moe.errors import SourceError
 from .certificate import explain, read_certificate
 from .checkpoint import Checkpoint
 from .families import FAMILIES
+from .mixture import is_mixture, open_mixture
 from .plan import Plan
 from .writer import split
 
@@ -15,29 +16,32 @@ from .writer import split
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Family, layers, parameters (total, and active for one token), experts and certificate of a checkpoint."""
     config = checkpoint.config
-    moe_types = {family.config_class.model_type: family.model_type for family in FAMILIES.values()}
+    families = {family.config_class.model_type: family.model_type for family in FAMILIES.values()}
+    mixture = open_mixture(checkpoint) if is_mixture(config) else None
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     model_type = config.get("model_type")
     described = {
         "source": checkpoint.source,
-        "family": moe_types.get(model_type, model_type),
+        "family": families.get(str(model_type), model_type),
         "class": (config.get("architectures") or [None])[0],
         "layers": config.get("num_hidden_layers", config.get("n_layer")),
         "dtypes": sorted({info.dtype for info in checkpoint.tensors.values()}),
         "bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
         "files": len(checkpoint.files),
-        **_parameters(shapes, config.get("num_experts_per_tok")),
+        **(_parameters(shapes, mixture.num_experts, mixture.top_k) if mixture else _parameters(shapes, 1, 1)),
     }
-    if model_type not in moe_types:
+    if mixture is None:
         described["convertible"] = model_type in FAMILIES
     else:
-        certificate = _certificate(checkpoint)
         described |= {
-            "num_experts": config.get("num_experts"),
-            "num_experts_per_tok": config.get("num_experts_per_tok"),
-            "moe_layers": config.get("moe_layers"),
+            "num_experts": mixture.num_experts,
+            "num_experts_per_tok": mixture.top_k,
+            "norm_topk_prob": mixture.norm_topk_prob,
+            "moe_layers": list(mixture.layers),
+            "expert_width": mixture.width,
+            "shared_expert_width": mixture.shared_width or None,
             "upcycled_from": config.get("upcycled_from"),
-            "certificate": certificate,
+            "certificate": _certificate(checkpoint),
         }
     return described
 
@@ -65,12 +69,13 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "source": plan.recipe.base_model,
         "dense_class": plan.dense_class.__name__,
         "class": plan.moe_class.__name__,
-        "num_experts": plan.config.num_experts,
-        "num_experts_per_tok": plan.config.num_experts_per_tok,
-        "moe_layers": plan.config.moe_layers,
+        "target": plan.target.kind,
+        "num_experts": plan.recipe.num_experts,
+        "num_experts_per_tok": plan.recipe.num_experts_per_tok,
+        "moe_layers": sorted(plan.networks),
         "exactness": str(plan.exactness),
         "expected_error": plan.exactness.expected_error,
-        **_parameters(shapes, plan.config.num_experts_per_tok),
+        **_parameters(shapes, plan.recipe.num_experts, plan.recipe.num_experts_per_tok),
         "bytes": plan.nbytes,
         "files": len(split(plan.tensors, plan.recipe.max_shard_size)),
         "dropped": plan.dropped,
@@ -79,11 +84,12 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _parameters(shapes: dict[str, tuple[int, ...]], top_k: int | None) -> dict[str, int]:
-    """Total, and those that one token uses: of each expert tensor, `top_k` experts."""
-    total = active = 0
+def _parameters(shapes: dict[str, tuple[int, ...]], num_experts: int, top_k: int) -> dict[str, int]:
+    """Total, and those that one token uses: `top_k` of every `num_experts` experts, stacked or each by itself."""
+    experts = others = 0
     for name, shape in shapes.items():
-        size = math.prod(shape)
-        total += size
-        active += size // shape[0] * top_k if ".experts." in name and top_k and size else size
-    return {"parameters": total, "active_parameters": active}
+        if ".experts." in name:
+            experts += math.prod(shape)
+        else:
+            others += math.prod(shape)
+    return {"parameters": others + experts, "active_parameters": others + experts * top_k // num_experts}

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
 from hf_moe.errors import SourceError
 
 from .checkpoint import Checkpoint
+from .classes import make_config
 from .families import FAMILIES
 from .forms import Form, our_form, separate_form
 from .headers import TensorInfo
-from .quiet import quiet
 
 KINDS = ("weight", "bias")
 
@@ -181,12 +180,7 @@ def _layout(checkpoint: Checkpoint) -> Layout:
 def _config(checkpoint: Checkpoint) -> PretrainedConfig:
     model_type = str(checkpoint.config["model_type"])
     config_class = _OURS[model_type].config_class if model_type in _OURS else transformers.CONFIG_MAPPING[model_type]
-    try:
-        with quiet():
-            return config_class.from_dict(checkpoint.config)
-    except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise SourceError(f"{checkpoint.path}: config.json is refused: {reason}") from error
+    return make_config(config_class, checkpoint.config, SourceError, f"{checkpoint.path}: config.json is refused")
 
 
 def _find(checkpoint: Checkpoint, layout: Layout) -> tuple[tuple[int, ...], str, str, Form]:

@@ -13,21 +13,20 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_moe.errors import HfMoeError, SourceError, UsageError
 from hf_moe.recipe import UpcycleRecipe, parse_layers
 
 from .checkpoint import Checkpoint
-from .classes import body_name, find_classes, find_family
+from .classes import body_name, find_classes, find_family, make_config
 from .families import Family
-from .forms import Form, our_form
+from .forms import our_form
 from .headers import DTYPES, SAFETENSORS_NAMES
 from .names import check_layer_count, match_names, tensors_of
+from .native import Target, choose_target
 from .network import KINDS, Network, Source, find_network
-from .quiet import quiet
-from .scheme import Exactness, Scheme, scheme_of
+from .scheme import Exactness, Scheme, behind_sigmoid, scheme_of
 
 MAX_EXPERTS = 65_536
 MAX_LABELS = 1_000_000
@@ -70,9 +69,8 @@ class Plan:
         recipe: what was asked for.
         family: the dense architecture's table.
         source: the dense checkpoint, its tensors by the dense class's names.
-        form: how the mixtures' tensors are named.
-        config: the mixture's configuration.
-        dense_class, moe_class: the model classes before and after.
+        target: what is made: class, configuration, names.
+        dense_class: the model class before.
         networks: layer -> the feed-forward network that becomes a mixture.
         schemes: layer -> how it does, in numbers.
         features: layer -> (F, N) what neurons are clustered by, where they are measured on text.
@@ -85,13 +83,11 @@ class Plan:
     """
 
     recipe: UpcycleRecipe
-    # these six stand in every plan without problems
+    # these four stand in every plan without problems
     family: Family = None  # type: ignore[assignment]
     source: Source = None  # type: ignore[assignment]
-    form: Form = None  # type: ignore[assignment]
-    config: PretrainedConfig = None  # type: ignore[assignment]
+    target: Target = None  # type: ignore[assignment]
     dense_class: type[PreTrainedModel] = None  # type: ignore[assignment]
-    moe_class: type[PreTrainedModel] = None  # type: ignore[assignment]
     networks: dict[int, Network] = field(default_factory=dict)
     schemes: dict[int, Scheme] = field(default_factory=dict)
     features: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -101,6 +97,16 @@ class Plan:
     exactness: Exactness = field(default_factory=Exactness)
     notes: tuple[str, ...] = ()
     problems: tuple[HfMoeError, ...] = ()
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The mixture's configuration."""
+        return self.target.config
+
+    @property
+    def moe_class(self) -> type[PreTrainedModel]:
+        """The mixture's model class."""
+        return self.target.model_class
 
     @property
     def nbytes(self) -> int:
@@ -138,24 +144,38 @@ def _plan(checkpoint: Checkpoint, recipe: UpcycleRecipe) -> Plan:
     body = "" if dense_class.__name__ == body_name(family) else f"{dense_class.base_model_prefix}."
     networks = {layer: find_network(family, layer, body, names) for layer in layers}
     schemes = {layer: _scheme(recipe, source, network) for layer, network in networks.items()}
-    form = our_form(family.gate is not None)
-    config = _moe_config(checkpoint, family, moe_class, recipe, layers, schemes[layers[0]])
-    tensors = _tensors(source, networks, schemes, form, family.block, recipe.num_experts)
+    scheme = schemes[layers[0]]
+    ours = _our_target(family, moe_class, _moe_config(checkpoint, family, moe_class, recipe, layers, scheme))
+    target, choice = choose_target(ours, recipe, dense_class, dense_config, layers, scheme)
+    if target.form.shared_gate:
+        schemes = {layer: behind_sigmoid(scheme) for layer, scheme in schemes.items()}
+    tensors = _tensors(source, networks, schemes, target, recipe.num_experts)
     return Plan(
         recipe=recipe,
         family=family,
         source=source,
-        form=form,
-        config=config,
+        target=target,
         dense_class=dense_class,
-        moe_class=moe_class,
         networks=networks,
         schemes=schemes,
         tensors=tuple(tensors),
         dropped=dropped,
         exactness=schemes[layers[0]].exactness,
-        notes=tuple(_notes(recipe)),
-        problems=tuple(_check_target(tensors, moe_class, config, names)),
+        notes=(*choice, *_notes(recipe)),
+        problems=tuple(_check_target(tensors, target)),
+    )
+
+
+def _our_target(family: Family, moe_class: type[PreTrainedModel], config: PretrainedConfig) -> Target:
+    form = our_form(family.gate is not None)
+    return Target(
+        kind="hf_moe",
+        model_class=moe_class,
+        config=config,
+        form=form,
+        written=family.block,
+        loaded=form,
+        block=family.block,
     )
 
 
@@ -204,7 +224,7 @@ def _dense_config(checkpoint: Checkpoint) -> PretrainedConfig:
     if isinstance(num_labels, int | float) and not num_labels <= MAX_LABELS:  # Transformers names each of them
         raise SourceError(f"{checkpoint.path}: config.json says {num_labels} labels, but {MAX_LABELS} is the most.")
     config_class = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]]
-    return _made(config_class, checkpoint.config, SourceError, f"{checkpoint.path}: config.json is refused")
+    return make_config(config_class, checkpoint.config, SourceError, f"{checkpoint.path}: config.json is refused")
 
 
 def _moe_config(checkpoint, family, moe_class, recipe: UpcycleRecipe, layers, scheme: Scheme) -> PretrainedConfig:
@@ -223,48 +243,45 @@ def _moe_config(checkpoint, family, moe_class, recipe: UpcycleRecipe, layers, sc
     if recipe.dtype is not None:
         values = {name: value for name, value in values.items() if name != "torch_dtype"} | {"dtype": recipe.dtype}
     # the dense configuration was accepted, so what is refused now is the recipe's
-    return _made(family.config_class, values, UsageError, "upcycle")
-
-
-def _made(
-    config_class: type[PretrainedConfig], values: dict[str, Any], kind: type[HfMoeError], where: str
-) -> PretrainedConfig:
-    try:
-        with quiet():
-            return config_class.from_dict(values)
-    except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise kind(f"{where}: {reason}") from error
+    return make_config(family.config_class, values, UsageError, "upcycle")
 
 
 def _tensors(
-    source: Source, networks: dict[int, Network], schemes: dict[int, Scheme], form: Form, block: str, num_experts: int
+    source: Source, networks: dict[int, Network], schemes: dict[int, Scheme], target: Target, num_experts: int
 ) -> list[TensorPlan]:
     """Every source tensor copied, but the networks', in whose place stand experts and a router."""
     instead: dict[str, list[TensorPlan]] = {}
     for layer, network in networks.items():
         first, *others = network.names
-        instead[first] = _layer_tensors(source, network, schemes[layer], form, block, num_experts)
+        instead[first] = _layer_tensors(source, network, schemes[layer], target, num_experts)
         instead |= {name: [] for name in others}
     tensors: list[TensorPlan] = []
     for name in source.names:
         copy = TensorPlan(
-            name=name, dtype=source.dtype_of(name), shape=source.shape_of(name), method="copy", sources=(name,)
+            name=target.name(name),
+            dtype=source.dtype_of(name),
+            shape=source.shape_of(name),
+            method="copy",
+            sources=(name,),
         )
         tensors += instead.get(name, [copy])
     return tensors
 
 
 def _layer_tensors(
-    source: Source, network: Network, scheme: Scheme, form: Form, block: str, num_experts: int
+    source: Source, network: Network, scheme: Scheme, target: Target, num_experts: int
 ) -> list[TensorPlan]:
+    form, hidden = target.form, network.weight["up"].shape(source)[1]
+
+    def named(name: str, expert: int | str = "") -> str:
+        return target.name(f"{network.prefix}.{name.format(block=target.written, expert=expert)}")
+
     def planned(name: str, kind: str, method: str, roles, experts, width: int, stacked: bool) -> TensorPlan:
         projections = [network.projections(kind)[role] for role in roles]
-        hidden = network.weight["up"].shape(source)[1]
         rows = sum(hidden if role == "down" else width for role in roles)
         columns = () if kind == "bias" else (width if roles == ("down",) else hidden,)
         return TensorPlan(
-            name=f"{network.prefix}.{name.format(block=block, expert=experts[0] if experts else '')}",
+            name=named(name, experts[0] if experts else ""),
             dtype=_widest(source.dtype_of(projection.name) for projection in projections),
             shape=((len(experts),) if stacked else ()) + (rows, *columns),
             method=method,
@@ -288,11 +305,16 @@ def _layer_tensors(
             for role in held:
                 name = f"{form.shared[role]}.{kind}"
                 plans.append(planned(name, kind, "shared", (role,), (), scheme.shared_width, False))
-    up = network.weight["up"]
+    dtype = source.dtype_of(network.weight["up"].name)
+    if scheme.shared_width and form.shared_gate:
+        gate = named(form.shared_gate)
+        plans.append(
+            TensorPlan(name=gate, dtype=dtype, shape=(1, hidden), method="zeros", sources=(), layer=network.layer)
+        )
     router = TensorPlan(
-        name=f"{network.prefix}.{form.router.format(block=block)}",
-        dtype=source.dtype_of(up.name),
-        shape=(num_experts, up.shape(source)[1]),
+        name=named(form.router),
+        dtype=dtype,
+        shape=(num_experts, hidden),
         method="router",
         sources=network.norm,
         layer=network.layer,
@@ -305,21 +327,24 @@ def _widest(dtypes: Iterable[str]) -> str:
     return SAFETENSORS_NAMES[wide]
 
 
-def _check_target(tensors: list[TensorPlan], moe_class, config, names) -> list[HfMoeError]:
+def _check_target(tensors: list[TensorPlan], target: Target) -> list[HfMoeError]:
     """Holds the plan against the mixture's own tensors: each written once, none forgotten, shapes as they must be.
 
     A difference here is a mistake in a family's table, never the user's.
     """
-    target, tied = tensors_of(moe_class, config)
-    written = [tensor.name for tensor in tensors]
-    problems = [f"{name!r} would be written twice" for name, count in Counter(written).items() if count > 1]
-    problems += [f"{name!r} would not be written" for name in target if name not in set(written) | tied]
-    for tensor in tensors:
-        if tensor.name in target and tensor.shape != tuple(target[tensor.name].shape):
-            problems.append(f"{tensor.name!r} would have shape {tensor.shape}, not {tuple(target[tensor.name].shape)}")
-        if tensor.name not in target and tensor.name not in names:
+    wanted, tied = tensors_of(target.model_class, target.config)
+    written = Counter(tensor.name for tensor in tensors)
+    problems = [f"{name!r} would be written twice" for name, count in written.items() if count > 1]
+    made = target.in_memory(tensors)
+    held = {tensor.name for tensor in made}
+    problems += [f"{name!r} would not be written" for name in wanted if name not in held | tied]
+    for tensor in made:
+        if tensor.name in wanted and tensor.shape != tuple(wanted[tensor.name].shape):
+            problems.append(f"{tensor.name!r} would have shape {tensor.shape}, not {tuple(wanted[tensor.name].shape)}")
+        if tensor.name not in wanted and tensor.method != "copy":
             problems.append(f"{tensor.name!r} is not the model's")
-    return [SourceError(f"the plan for {moe_class.__name__} does not hold: {problem}.") for problem in problems]
+    name = target.model_class.__name__
+    return [SourceError(f"the plan for {name} does not hold: {problem}.") for problem in problems]
 
 
 def _notes(recipe: UpcycleRecipe) -> Iterable[str]:

@@ -5,7 +5,7 @@ visits K, and gates g that are renormalised to sum to 1, or not. Nobody passes a
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from hf_moe.errors import UsageError
@@ -111,6 +111,13 @@ def scheme_of(recipe: UpcycleRecipe, width: int, *, gated: bool, dtype: str) -> 
         shared_is_copy=shared_is_copy,
         exactness=_exactness(recipe, routed_width / width * routed_weight, gated, dtype, tuple(scheme.values())),
         **scheme,
+    )
+
+
+def behind_sigmoid(scheme: Scheme) -> Scheme:
+    """With a shared expert that counts twice, for Qwen2-MoE's sigmoid before it, which is ½ at weights of 0."""
+    return replace(
+        scheme, shared_down_scale=2 * scheme.shared_down_scale, shared_bias_scale=2 * scheme.shared_bias_scale
     )
 
 

@@ -87,11 +87,16 @@ def _router(tensor: TensorPlan, plan: Plan) -> Iterator[torch.Tensor]:
     yield tied(rows, group).to(DTYPES[tensor.dtype])
 
 
+def _zeros(tensor: TensorPlan, plan: Plan) -> Iterator[torch.Tensor]:
+    yield torch.zeros(tensor.shape, dtype=DTYPES[tensor.dtype])
+
+
 METHODS: dict[str, Callable[[TensorPlan, Plan], Iterator[torch.Tensor]]] = {
     "copy": _copied,
     "experts": _experts,
     "shared": _shared,
     "router": _router,
+    "zeros": _zeros,
 }
 
 

@@ -8,6 +8,7 @@ from hf_moe.errors import HfMoeError, SourceError
 from hf_moe.recipe import UpcycleRecipe
 
 from .checkpoint import Checkpoint
+from .mixture import NATIVE, open_mixture
 from .names import tensors_of
 from .plan import Plan, TensorPlan, plan_upcycle
 from .stream import pieces
@@ -21,17 +22,12 @@ def plan_of(dense: Checkpoint, moe: Checkpoint) -> Plan:
     Raises:
         SourceError: where `moe` is no mixture of `dense`: another family, class, size, or tensors that do not fit.
     """
-    config = moe.config
-    layers = config.get("moe_layers")
-    recorded = config.get("upcycled_from")
+    recorded = moe.config.get("upcycled_from")
     recipe = recorded.get("recipe") if isinstance(recorded, dict) else None
     values = {
         **(recipe if isinstance(recipe, dict) else {}),
         "base_model": dense.source,
-        "num_experts": config.get("num_experts", 8),
-        "num_experts_per_tok": config.get("num_experts_per_tok", 2),
-        "norm_topk_prob": config.get("norm_topk_prob", True),
-        "moe_layers": "all" if layers is None else layers,
+        **(_native_facts(moe) if moe.config.get("model_type") in NATIVE else _our_facts(moe)),
         "allow_nonfinite": True,
     }
     try:
@@ -40,14 +36,39 @@ def plan_of(dense: Checkpoint, moe: Checkpoint) -> Plan:
     except HfMoeError as error:
         raise SourceError(f"{moe.path}: can't be a mixture of {dense.source}: {error}") from error
     _check_class(dense, moe, plan)
-    target, tied = tensors_of(plan.moe_class, plan.config)
-    for name, tensor in target.items():
+    wanted, tied = tensors_of(plan.moe_class, plan.config)
+    for tensor in plan.tensors:
+        name = tensor.name
+        if tensor.layer < 0 and name not in wanted:
+            continue  # another head's, which came along
         if name not in moe.tensors and name not in tied:
             raise SourceError(f"{moe.path}: tensor {name!r} is missing, which a mixture of {dense.source} has.")
-        if name in moe.tensors and moe.tensors[name].shape != tuple(tensor.shape):
+        if name in moe.tensors and moe.tensors[name].shape != tensor.shape:
             shapes = f"{list(moe.tensors[name].shape)}, not {list(tensor.shape)}"
             raise SourceError(f"{moe.path}: tensor {name!r} has shape {shapes} as a mixture of {dense.source} has.")
     return plan
+
+
+def _our_facts(moe: Checkpoint) -> dict[str, Any]:
+    layers = moe.config.get("moe_layers")
+    return {
+        "target": "hf_moe",
+        "num_experts": moe.config.get("num_experts", 8),
+        "num_experts_per_tok": moe.config.get("num_experts_per_tok", 2),
+        "norm_topk_prob": moe.config.get("norm_topk_prob", True),
+        "moe_layers": "all" if layers is None else layers,
+    }
+
+
+def _native_facts(moe: Checkpoint) -> dict[str, Any]:
+    mixture = open_mixture(moe)
+    return {
+        "target": "native",
+        "num_experts": mixture.num_experts,
+        "num_experts_per_tok": mixture.top_k,
+        "norm_topk_prob": mixture.norm_topk_prob,
+        "moe_layers": list(mixture.layers),
+    }
 
 
 def _check_class(dense: Checkpoint, moe: Checkpoint, plan: Plan) -> None:

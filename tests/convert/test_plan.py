@@ -48,7 +48,7 @@ def test_everything_is_used_once(dense_folder, family, num_experts, layers, top_
     )
     plan = plan_upcycle(checkpoint, recipe)
     assert not plan.problems
-    used = {source for tensor in plan.tensors for source in tensor.sources}
+    used = {plan.source.names[source] for tensor in plan.tensors for source in tensor.sources}
     assert used | set(plan.dropped) == set(checkpoint.tensors)
     names = [tensor.name for tensor in plan.tensors]
     assert len(names) == len(set(names))
