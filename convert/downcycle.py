@@ -17,7 +17,7 @@ from hf_moe.modeling.configuration_moe import MoeConfigMixin
 from .blend import copied
 from .certificate import TOLERANCE, certify, explain
 from .checkpoint import open_checkpoint
-from .classes import moe_classes
+from .classes import make_config, moe_classes
 from .conversion import Progress, copy_side_files
 from .families import FAMILIES
 from .headers import DTYPES
@@ -203,7 +203,8 @@ def _dense_config(mixture: Mixture, dense_class: type[PreTrainedModel], width: i
     values = {name: value for name, value in config.to_dict().items() if name not in left}
     if not isinstance(config, MoeConfigMixin):
         values |= {**DENSE_TYPES[config.model_type][1], "intermediate_size": width}
-    return config_class.from_dict({**values, "architectures": [dense_class.__name__]})
+    values["architectures"] = [dense_class.__name__]
+    return make_config(config_class, values, SourceError, f"{mixture.checkpoint.path}: makes no dense config.json")
 
 
 def _declared(config_class: type[PretrainedConfig]) -> set[str]:

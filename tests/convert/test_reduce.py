@@ -384,6 +384,25 @@ def test_copies_in_transformers_own_mixtures(model_type, native, tmp_path):
     assert difference(moe, made.path, "float32") < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [
+        ("llama", "plain"),
+        ("mistral", "granular"),
+        ("qwen2", "shared neurons"),
+        ("qwen2", "shared copy"),
+        ("qwen3", "some layers"),
+    ],
+)
+def test_what_was_upcycled_to_them_comes_back(family, form, upcycled, dense_folder, tmp_path):
+    made = hf_moe.downcycle(upcycled(family, target="native", **FORMS[form]), tmp_path / "again")
+    assert made.report["class"] == f"{'Mistral' if family == 'llama' else family.capitalize()}ForCausalLM"
+    assert made.report["exactness"] == "exact"
+    assert made.certificate["passed"], made.certificate
+    assert same_weights(dense_folder(family), made.path)
+    assert difference(dense_folder(family), made.path) < 1e-12
+
+
 BAD = {
     "prune dense --num-experts 2 --text text.txt": (1, "is no mixture known here"),
     "merge-experts dense --num-experts 2": (1, "is no mixture known here"),
