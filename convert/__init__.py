@@ -3,9 +3,12 @@
 from .certificate import certify, read_certificate, write_certificate
 from .checkpoint import Checkpoint, open_checkpoint
 from .conversion import Progress, Upcycled, from_dense, upcycle
+from .downcycle import downcycle
 from .families import FAMILIES, Family
 from .mixture import Mixture, open_mixture
 from .plan import Plan, TensorPlan, plan_upcycle
+from .prune import merge_experts, prune
+from .reduce import Reduced
 
 __all__ = [
     "FAMILIES",
@@ -14,13 +17,17 @@ __all__ = [
     "Mixture",
     "Plan",
     "Progress",
+    "Reduced",
     "TensorPlan",
     "Upcycled",
     "certify",
+    "downcycle",
     "from_dense",
+    "merge_experts",
     "open_checkpoint",
     "open_mixture",
     "plan_upcycle",
+    "prune",
     "read_certificate",
     "upcycle",
     "write_certificate",

@@ -111,7 +111,7 @@ def certify(
             runs[dtype]["bisect"] = bisect(dense_model, moe_model, plan, batches[0], limit, JUDGED[dtype])
 
     recorded = moe.config.get("upcycled_from")
-    return _without_nan(
+    return without_nan(
         {
             "format": FORMAT,
             "passed": (weights["identical"] or not wants_copies) and all(run["passed"] for run in runs.values()),
@@ -139,12 +139,12 @@ def certify(
     )
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """JSON has neither NaN nor infinity; a KL divergence or a loss can be either."""
     if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
+        return {key: without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_without_nan(inner) for inner in value]
+        return [without_nan(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -52,27 +52,42 @@ def make_batches(
     Returns:
         the batches, and what became of the texts, in words.
     """
-    positions = getattr(config, "max_position_embeddings", None) or MAX_TOKENS + 2
-    longest = max(1, min(MAX_TOKENS, positions - 2))  # RoBERTa counts positions from 2
+    longest = _longest(config)
     generator = torch.Generator().manual_seed(seed)
     lengths = [min(length, longest) for length in RANDOM_LENGTHS]
     random_ids = [torch.randint(0, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
-    batches = [_pad("random", random_ids)]
-    if not dense.has_tokenizer:
-        return batches, "none: the source has no tokenizer"
+    batches = [pad("random", random_ids)]
+    ids, note = token_ids(dense, config, texts or sample_texts())
+    return ([pad("text", ids), *batches] if ids else batches), note
+
+
+def token_ids(checkpoint: Checkpoint, config: PretrainedConfig, texts: list[str]) -> tuple[list[list[int]], str]:
+    """Of each text, cut off at `MAX_TOKENS`; none, where there is no tokenizer that works. And why, in words."""
+    if not checkpoint.has_tokenizer:
+        return [], "none: the source has no tokenizer"
+    longest = _longest(config)
     try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(dense.path, local_files_only=True, trust_remote_code=False)
-        ids = [tokenizer(text, truncation=True, max_length=longest)["input_ids"] for text in texts or sample_texts()]
+        tokenizer = load_tokenizer(checkpoint)
+        ids = [tokenizer(text, truncation=True, max_length=longest)["input_ids"] for text in texts]
     except Exception as error:  # tokenizers raise it bare; the random ids will do
-        return batches, f"none: the source's tokenizer does not work ({type(error).__name__})"
+        return [], f"none: the source's tokenizer does not work ({type(error).__name__})"
     ids = [row for row in ids if row and max(row) < config.vocab_size]
     if not ids:
-        return batches, "none: the tokenizer's ids do not fit the model's vocabulary"
-    return [_pad("text", ids), *batches], f"{len(ids)} texts, {sum(map(len, ids))} tokens"
+        return [], "none: the tokenizer's ids do not fit the model's vocabulary"
+    return ids, f"{len(ids)} texts, {sum(map(len, ids))} tokens"
 
 
-def _pad(name: str, rows: list[list[int]]) -> Batch:
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    with quiet():
+        return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+
+
+def _longest(config: PretrainedConfig) -> int:
+    positions = getattr(config, "max_position_embeddings", None) or MAX_TOKENS + 2
+    return max(1, min(MAX_TOKENS, positions - 2))  # RoBERTa counts positions from 2
+
+
+def pad(name: str, rows: list[list[int]]) -> Batch:
     length = max(map(len, rows))
     ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
@@ -122,33 +137,35 @@ def make_measurable(model: PreTrainedModel, routers: list[str]) -> None:
         model.base_model.get_submodule(name).register_forward_hook(widen)
 
 
-def run_model(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
-    """Named float outputs in float64, hidden states as `hidden_states.N`: (tokens, …), padding left out, or
-    (rows, …) where there is one a sequence.
+def run_model(model: PreTrainedModel, batch: Batch, hidden_states: bool = True) -> dict[str, torch.Tensor]:
+    """Named float outputs in float64, hidden states (if wanted) as `hidden_states.N`: (tokens, …), padding left out,
+    or (rows, …) where there is one a sequence.
 
     Raises:
         SourceError: where the model does not run.
     """
-    together = _run(model, batch.input_ids, batch.attention_mask)
+    together = _run(model, batch.input_ids, batch.attention_mask, hidden_states)
     if all(value.isfinite().all() for value in together.values()):
         return together
     # In float64 some attention makes NaN of padding that lies a whole window behind its text, and spreads it
     texts = [ids[None, mask.bool()] for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
-    alone = [_run(model, ids, torch.ones_like(ids)) for ids in texts]
+    alone = [_run(model, ids, torch.ones_like(ids), hidden_states) for ids in texts]
     return {key: torch.cat([outputs[key] for outputs in alone]) for key in together}
 
 
 @torch.no_grad()
-def _run(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+def _run(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, hidden_states: bool
+) -> dict[str, torch.Tensor]:
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     name = type(model).__name__
     if name.endswith("ForMultipleChoice"):
         inputs = {key: value.unsqueeze(1) for key, value in inputs.items()}
     try:
-        outputs = model(**inputs, output_hidden_states=True, return_dict=True)
+        outputs = model(**inputs, output_hidden_states=hidden_states, return_dict=True)
     except Exception as error:  # built, but of sizes that do not work together
         raise SourceError(f"{name} does not run: {(str(error) or type(error).__name__).splitlines()[0]}") from error
-    found = {f"hidden_states.{i}": state for i, state in enumerate(outputs.hidden_states)}
+    found = {f"hidden_states.{i}": state for i, state in enumerate(outputs.hidden_states if hidden_states else ())}
     found |= {key: value for key, value in outputs.items() if isinstance(value, torch.Tensor)}
     rows = (*ROW_OUTPUTS, "logits") if name.endswith(ROW_HEADS) else ROW_OUTPUTS
     kept = attention_mask.bool()

@@ -136,7 +136,7 @@ def write_checkpoint(
     tensors: Sequence[TensorPlan],
     pieces: Pieces,
     sources: list[Checkpoint],
-    recipe: UpcycleRecipe,
+    recipe: Any,
     finish: Callable[[Path], None],
     certified: Callable[[Path, dict[str, str]], dict[str, Any]] | None,
     overwrite: bool,
@@ -148,7 +148,8 @@ def write_checkpoint(
     Args:
         tensors, pieces: what is written, and what makes the values of each.
         sources: the checkpoints that `pieces` reads.
-        recipe: what it follows; with `sources` and versions it decides what an earlier run's work is worth.
+        recipe: what it follows, a dataclass with a `max_shard_size`; with `sources` and versions it decides what an
+            earlier run's work is worth.
         finish: writes what stands beside the weights into the folder.
         certified: measures the folder (given the digests of its files), and raises where it is not what it should be.
         overwrite, progress: as in `upcycle`.
@@ -188,7 +189,7 @@ def write_checkpoint(
     return certificate
 
 
-def _fingerprint(shards: dict[str, list[TensorPlan]], sources: list[Checkpoint], recipe: UpcycleRecipe) -> str:
+def _fingerprint(shards: dict[str, list[TensorPlan]], sources: list[Checkpoint], recipe: Any) -> str:
     """Of everything that decides which bytes are written."""
     values = {
         "shards": {file: [asdict(tensor) for tensor in tensors] for file, tensors in shards.items()},

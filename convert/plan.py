@@ -219,8 +219,12 @@ def _check_numbers(recipe: UpcycleRecipe) -> None:
         )
     if recipe.num_experts > MAX_EXPERTS:
         raise UsageError(f"num_experts is {recipe.num_experts}, but {MAX_EXPERTS} is the most.")
-    if not re.fullmatch(r"[1-9]\d{0,8}\s*[KMGT]B", recipe.max_shard_size, re.IGNORECASE):
-        raise UsageError(f"max_shard_size is {recipe.max_shard_size!r}; write a size such as '5GB' or '500MB'.")
+    check_shard_size(recipe.max_shard_size)
+
+
+def check_shard_size(text: str) -> None:
+    if not re.fullmatch(r"[1-9]\d{0,8}\s*[KMGT]B", text, re.IGNORECASE):
+        raise UsageError(f"max_shard_size is {text!r}; write a size such as '5GB' or '500MB'.")
 
 
 def _dense_config(checkpoint: Checkpoint) -> PretrainedConfig:

@@ -133,9 +133,13 @@ def _deal(tensor: TensorPlan, plan: Plan) -> tuple[torch.Tensor | None, torch.Te
 
 
 def _generator(plan: Plan, *what: object) -> torch.Generator:
+    return seeded(plan.recipe.seed, *what)
+
+
+def seeded(seed: int, *what: object) -> torch.Generator:
     """Seeded by the recipe and by what is drawn, so that nothing depends on the order of writing.
 
     (Through a checksum: PyTorch's CPU generator looks at 32 bits of a seed only.)
     """
-    text = "/".join(map(str, (plan.recipe.seed, *what)))
+    text = "/".join(map(str, (seed, *what)))
     return torch.Generator().manual_seed(zlib.crc32(text.encode()))

@@ -13,7 +13,7 @@ from tests.conftest import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(bash|python|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(bash|python|yaml|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
@@ -26,6 +26,9 @@ def test_what_the_documents_say_runs(document, dense_folder, tmp_path, monkeypat
             exec(compile(text, document.name, "exec"), {"__name__": "document"})
         elif language == "yaml":
             Path(text.partition("\n")[0].removeprefix("# ")).write_text(text)
+        elif language == "text":
+            name, _, rest = text.partition("\n")
+            Path(name.removeprefix("# ")).write_text(rest)
         else:
             for command in text.splitlines():
                 run(shlex.split(command), monkeypatch)

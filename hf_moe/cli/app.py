@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_moe import convert
 from hf_moe.cli import show
 from hf_moe.convert import certify, conversion, open_checkpoint, plan_upcycle, write_certificate
 from hf_moe.convert.describe import describe_checkpoint, describe_plan
@@ -177,3 +178,106 @@ def verify(
         show.certificate(certificate, json)
     if not certificate["passed"]:
         raise typer.Exit(1)
+
+
+Moe = Annotated[str, typer.Argument(help="Mixture, ours or one of Transformers' own: a folder or a Hub id.")]
+Output = Annotated[Path, typer.Argument(help="Folder to make.")]
+ShardSize = Annotated[str, typer.Option(help="Largest weights file.")]
+Manifest = Annotated[bool, typer.Option(help="Digest every file; an interrupted run then resumes.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")]
+
+
+@app.command(epilog="Example: hf-moe downcycle ./bert-moe ./bert-again --text text.txt")
+def downcycle(
+    moe: Moe,
+    output: Output,
+    by: Annotated[
+        str, typer.Option(help="Experts that differ: 'average', 'usage' (weighted), 'best' (one of them), or 'auto'.")
+    ] = "auto",
+    text: Annotated[
+        Path | None, typer.Option(help="File whose lines it runs on, before and after (needs the model's memory).")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Hold an exact result against the mixture.")] = True,
+    max_shard_size: ShardSize = "5GB",
+    manifest: Manifest = True,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn a mixture back into a dense model: exactly while its experts are copies, else by averaging them."""
+    with show.Bars(enabled=not (json or quiet)) as progress:
+        made = convert.downcycle(
+            moe,
+            output,
+            by=by,
+            text=text,
+            verify=verify,
+            max_shard_size=max_shard_size,
+            manifest=manifest,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if not quiet:
+        show.reduced(made, json)
+
+
+@app.command(epilog="Example: hf-moe prune ./moe ./smaller --num-experts 4 --by activation --text text.txt")
+def prune(
+    moe: Moe,
+    output: Output,
+    num_experts: Annotated[int, typer.Option(help="Experts that are left in each layer.")],
+    text: Annotated[Path, typer.Option(help="File whose lines it runs on, before and after (needs its memory).")],
+    by: Annotated[
+        str, typer.Option(help="Keep those with the most tokens ('usage'), or the largest output ('activation').")
+    ] = "usage",
+    max_shard_size: ShardSize = "5GB",
+    manifest: Manifest = True,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Keep of each layer the experts that matter most on a text."""
+    with show.Bars(enabled=not (json or quiet)) as progress:
+        made = convert.prune(
+            moe,
+            output,
+            num_experts=num_experts,
+            by=by,
+            text=text,
+            max_shard_size=max_shard_size,
+            manifest=manifest,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if not quiet:
+        show.reduced(made, json)
+
+
+@app.command(epilog="Example: hf-moe merge-experts ./moe ./smaller --num-experts 4 --text text.txt")
+def merge_experts(
+    moe: Moe,
+    output: Output,
+    num_experts: Annotated[int, typer.Option(help="Experts that are left in each layer.")],
+    text: Annotated[
+        Path | None, typer.Option(help="File whose lines it runs on, before and after (needs the model's memory).")
+    ] = None,
+    max_shard_size: ShardSize = "5GB",
+    manifest: Manifest = True,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Average the experts of each layer that are most alike, their neurons aligned."""
+    with show.Bars(enabled=not (json or quiet)) as progress:
+        made = convert.merge_experts(
+            moe,
+            output,
+            num_experts=num_experts,
+            text=text,
+            max_shard_size=max_shard_size,
+            manifest=manifest,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if not quiet:
+        show.reduced(made, json)

@@ -9,6 +9,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from hf_moe.convert import Progress as Listener
+from hf_moe.convert import Reduced
 from hf_moe.convert.certificate import explain
 
 OUT = Console(soft_wrap=True, highlight=False, markup=False)
@@ -49,6 +50,17 @@ def upcycled(values: dict[str, Any], certificate: dict[str, Any] | None, as_json
     fields(values, as_json=False)
     if certificate is not None:
         verdict(certificate)
+
+
+def reduced(made: Reduced, as_json: bool) -> None:
+    """What a reduction made; per layer only as JSON, and in the file beside the weights."""
+    if as_json:
+        print(json.dumps(made.report | {"output": str(made.path), "certificate": made.certificate}, indent=2))
+        return
+    left_out = ("format", "source", "groups", "scales", "scores", "versions")
+    fields({name: value for name, value in made.report.items() if name not in left_out}, as_json=False)
+    if made.certificate is not None:
+        verdict(made.certificate)
 
 
 def certificate(values: dict[str, Any], as_json: bool) -> None:
