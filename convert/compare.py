@@ -56,7 +56,7 @@ def make_batches(
     generator = torch.Generator().manual_seed(seed)
     lengths = [min(length, longest) for length in RANDOM_LENGTHS]
     random_ids = [torch.randint(0, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
-    batches = [_pad("random", random_ids)]
+    batches = [pad("random", random_ids)]
     if not dense.has_tokenizer:
         return batches, "none: the source has no tokenizer"
     try:
@@ -68,10 +68,10 @@ def make_batches(
     ids = [row for row in ids if row and max(row) < config.vocab_size]
     if not ids:
         return batches, "none: the tokenizer's ids do not fit the model's vocabulary"
-    return [_pad("text", ids), *batches], f"{len(ids)} texts, {sum(map(len, ids))} tokens"
+    return [pad("text", ids), *batches], f"{len(ids)} texts, {sum(map(len, ids))} tokens"
 
 
-def _pad(name: str, rows: list[list[int]]) -> Batch:
+def pad(name: str, rows: list[list[int]]) -> Batch:
     length = max(map(len, rows))
     ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])

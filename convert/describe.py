@@ -39,6 +39,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
             "num_experts_per_tok": config.get("num_experts_per_tok"),
             "moe_layers": config.get("moe_layers"),
             "upcycled_from": config.get("upcycled_from"),
+            "fused_from": config.get("fused_from"),
             "certificate": certificate,
         }
     return described

@@ -75,6 +75,9 @@ class Plan:
         dense_class, moe_class: the model classes before and after.
         networks: layer -> the feed-forward network that becomes a mixture.
         schemes: layer -> how it does, in numbers.
+        donors: for each expert the plan of the checkpoint whose networks it is; empty: all are `source`'s.
+        shared_donor: the same for the shared expert.
+        routers: layer -> (E, D) the router's rows, where they are fitted and not drawn.
         features: layer -> (F, N) what neurons are clustered by, where they are measured on text.
         deals: layer -> how its neurons are dealt, filled in while writing.
         tensors: everything that will be written, in order.
@@ -94,6 +97,9 @@ class Plan:
     moe_class: type[PreTrainedModel] = None  # type: ignore[assignment]
     networks: dict[int, Network] = field(default_factory=dict)
     schemes: dict[int, Scheme] = field(default_factory=dict)
+    donors: tuple["Plan", ...] = ()
+    shared_donor: "Plan | None" = None
+    routers: dict[int, torch.Tensor] = field(default_factory=dict)
     features: dict[int, torch.Tensor] = field(default_factory=dict)
     deals: dict[int, Any] = field(default_factory=dict, repr=False)
     tensors: tuple[TensorPlan, ...] = ()
@@ -105,6 +111,10 @@ class Plan:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    def giver(self, expert: int) -> "Plan":
+        """By whose source and networks `expert` is made."""
+        return self.donors[expert] if self.donors else self
 
     def check(self) -> None:
         """Raises the first of `problems`, saying how many more there are."""
@@ -154,7 +164,7 @@ def _plan(checkpoint: Checkpoint, recipe: UpcycleRecipe) -> Plan:
         tensors=tuple(tensors),
         dropped=dropped,
         exactness=schemes[layers[0]].exactness,
-        notes=tuple(_notes(recipe)),
+        notes=tuple(notes_on(recipe)),
         problems=tuple(_check_target(tensors, moe_class, config, names)),
     )
 
@@ -264,7 +274,7 @@ def _layer_tensors(
         columns = () if kind == "bias" else (width if roles == ("down",) else hidden,)
         return TensorPlan(
             name=f"{network.prefix}.{name.format(block=block, expert=experts[0] if experts else '')}",
-            dtype=_widest(source.dtype_of(projection.name) for projection in projections),
+            dtype=widest(source.dtype_of(projection.name) for projection in projections),
             shape=((len(experts),) if stacked else ()) + (rows, *columns),
             method=method,
             sources=tuple(dict.fromkeys(projection.name for projection in projections)),
@@ -299,7 +309,7 @@ def _layer_tensors(
     return [*plans, router]
 
 
-def _widest(dtypes: Iterable[str]) -> str:
+def widest(dtypes: Iterable[str]) -> str:
     wide = functools.reduce(torch.promote_types, (DTYPES[dtype] for dtype in dtypes))
     return SAFETENSORS_NAMES[wide]
 
@@ -321,9 +331,10 @@ def _check_target(tensors: list[TensorPlan], moe_class, config, names) -> list[H
     return [SourceError(f"the plan for {moe_class.__name__} does not hold: {problem}.") for problem in problems]
 
 
-def _notes(recipe: UpcycleRecipe) -> Iterable[str]:
+def notes_on(recipe: UpcycleRecipe, alike: bool = True) -> Iterable[str]:
+    """What a user should know before training; `alike`: whether all experts are made of the same network."""
     if recipe.num_experts_per_tok == 1 and recipe.norm_topk_prob:
         yield "With top-k 1 the renormalised gate is always 1: only the balancing loss will ever train the router."
-    same = recipe.method == "copy" and recipe.granularity == 1
+    same = alike and recipe.method == "copy" and recipe.granularity == 1
     if same and recipe.noise_std == 0 and recipe.drop_ratio == 0:
         yield "The experts start as copies: until they differ, only the balancing loss trains the router."

@@ -69,7 +69,8 @@ def certificate(values: dict[str, Any], as_json: bool) -> None:
 
 def verdict(values: dict[str, Any]) -> None:
     """The last line of a certificate."""
-    word, style = ("the same function", "green") if values["passed"] else ("not the same function", "red")
+    word = "the same function" if values.get("judged", True) else "as the recipe says"
+    word, style = (word, "green") if values["passed"] else (f"not {word}", "red")
     OUT.print(Text.assemble((word, style), f": {explain(values)}"))
 
 
