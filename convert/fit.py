@@ -126,7 +126,7 @@ def take_sample(model: PreTrainedModel, plan: Plan, rows: list[list[list[int]]],
             x[layer].append(values.reshape(*kept.shape, -1)[kept])
         with torch.no_grad():
             embedded.append(embed(batch.input_ids)[kept])
-    lengths = torch.tensor([len(row) for _, row in flat])
+    lengths = torch.tensor([len(row) for _, row in flat], dtype=torch.long)
     return Sample(
         x={layer: torch.cat(values) if values else torch.empty(0) for layer, values in x.items()},
         embedded=torch.cat(embedded) if embedded else torch.empty(0),

@@ -12,6 +12,7 @@ from torch.nn import functional
 PROBE_PENALTY = 1e-2
 PROBE_ROUNDS = 100
 TINY = 1e-12
+FLOOR = 1e-9
 
 
 def calibrated_normal(
@@ -70,10 +71,11 @@ def shrunk_covariance(x_ND: torch.Tensor) -> torch.Tensor:
     sample_DD = x_ND.T @ x_ND / count
     scale = sample_DD.diagonal().mean().clamp(min=TINY)
     target_DD = scale * torch.eye(dim, dtype=x_ND.dtype)
+    floor_DD = FLOOR * target_DD  # where nothing varies, nothing is uncertain
     distance = (sample_DD - target_DD).square().sum()
     error = (x_ND.square().sum(dim=1).square().mean() - sample_DD.square().sum()) / count
     share = (error / distance).clamp(0, 1) if distance > 0 else torch.ones(())
-    return share * target_DD + (1 - share) * sample_DD
+    return share * target_DD + (1 - share) * sample_DD + floor_DD
 
 
 def nearest_mean(means_ED: torch.Tensor, covariance_DD: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import tempfile
 from typing import Any
 
 import torch
-from transformers import DataCollatorForLanguageModeling, PreTrainedModel, Trainer, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from hf_moe.errors import SourceError, UsageError
 from hf_moe.recipe import FuseRecipe
@@ -26,7 +26,7 @@ def train_routers(plan: Plan, recipe: FuseRecipe) -> tuple[dict[int, torch.Tenso
     The mixture is built in memory for this, in float32.
 
     Returns:
-        the rows, and `steps`, and the losses of the first and the last of them.
+        the rows, and `steps`, and the mean losses of the first and the last quarter of them.
 
     Raises:
         UsageError, SourceError: as `fit.read_passages`; where the model is no language model, or nothing trains.
@@ -67,13 +67,15 @@ def train_routers(plan: Plan, recipe: FuseRecipe) -> tuple[dict[int, torch.Tenso
             train_dataset=rows,
             optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
         )
-        trainer.remove_callback("PrinterCallback")
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     trained = {layer: _router_of(model, plan, layer).detach().cpu().to(torch.float32) for layer in plan.networks}
     if not all(bool(rows_ED.isfinite().all()) for rows_ED in trained.values()):
         raise SourceError(f"{path}: training led the routers to NaN or Inf; leave train_router out.")
-    return trained, {"steps": recipe.train_router, "first_loss": losses[0], "last_loss": losses[-1]}
+    part = -(-len(losses) // 4)
+    means = {"first_loss": sum(losses[:part]) / part, "last_loss": sum(losses[-part:]) / part}
+    return trained, {"steps": recipe.train_router, **means}
 
 
 def build_model(plan: Plan) -> PreTrainedModel:

@@ -41,7 +41,8 @@ def sentences(family: str, domain: int, count: int = 40, seed: int = 0) -> list[
 
 def change(source: Path, folder: Path, seed: int, dtype=None, class_name: str | None = None) -> Path:
     """A checkpoint like `source` with other weights everywhere."""
-    shutil.copytree(source, folder, dirs_exist_ok=True)
+    if folder != source:
+        shutil.copytree(source, folder)
     config = json.loads((source / "config.json").read_text())
     model = getattr(transformers, class_name or config["architectures"][0]).from_pretrained(source, dtype=dtype)
     torch.manual_seed(seed)
@@ -369,12 +370,26 @@ def test_routers_train_and_nothing_else(family, tuned, tmp_path):
     assert made.certificate["weights"]["identical"]
     training = made.routing["training"]
     assert training["steps"] == 30
-    assert training["last_loss"] < training["first_loss"] + 0.1
+    assert training["first_loss"] > 0
     plain = hf_moe.fuse({**recipe, "train_router": 0}, tmp_path / "plain", verify=False)
     one, other = weights(made.path), weights(plain.path)
     assert {name for name in one if not torch.equal(one[name], other[name])} == {
         tensor.name for tensor in made.plan.tensors if tensor.method == "router"
     }
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    texts = sentences(family, 0, 60, seed=2) + sentences(family, 1, 60, seed=2)
+    batch = pad("new", [tokenizer(text)["input_ids"] for text in texts])
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    ids = batch.input_ids
+    if not TESTED[family].is_decoder:
+        hidden = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.15
+        ids, labels = ids.masked_fill(hidden, tokenizer.mask_token_id), labels.masked_fill(~hidden, -100)
+    losses = []
+    for folder in (made.path, plain.path):
+        model = made.plan.moe_class.from_pretrained(folder)
+        with torch.no_grad():
+            losses.append(model(input_ids=ids, attention_mask=batch.attention_mask, labels=labels).loss.item())
+    assert losses[0] < losses[1]
 
 
 def test_the_mixture_in_memory_is_the_one_on_disk(changed, tmp_path):
@@ -431,7 +446,7 @@ def test_a_recipe_of_mergekits(changed, command, tmp_path):
     assert len(list(output.glob("model-*.safetensors"))) > 1
     assert json.loads((output / "config.json").read_text())["num_experts_per_tok"] == 2
     assert command("fuse", file, output)[2].endswith("--overwrite replaces it.\n")
-    code, out, err = command("fuse", file, output, "--overwrite", "-q")
+    code, out, err = command("fuse", file, output, "--overwrite", "-q", "--no-verify")
     assert (code, out, err) == (0, "", "")
     assert [entry["source"] for entry in json.loads(command("inspect", output, "--json")[1])["fused_from"]] == [
         "c0",
@@ -500,7 +515,7 @@ BAD = [
     (of_experts({}, {"source_model": "NARROW"}), "of layer 0's feed-forward network"),
     (of_experts({}, {"source_model": "RELU"}), "its activation is relu"),
     (of_experts({}, {"source_model": "FEW"}), "its vocabulary size is 60"),
-    (of_experts({}, {"source_model": "OTHER_WORDS"}), "in its tokenizer 'dog' is"),
+    (of_experts({}, {"source_model": "OTHER_WORDS"}), "in its tokenizer 'cat' is id 7, in that of the base"),
     (bad(shared_experts=[{"source_model": "BASE"}] * 2), "1 is the most"),
     (bad(shared_experts=[{"source_model": "BASE", "residual_scale": 0}]), "must be above 0"),
     (bad(train_router=-1), "train_router"),
