@@ -219,9 +219,9 @@ def fit_routers(plan: Plan, recipe: FuseRecipe) -> tuple[dict[int, torch.Tensor]
                 "held_out_texts": texts,
             }
         )
-    report = {"gate": recipe.gate_mode, "chance": 1 / len(passages), "layers": layers}
-    width = next(iter(routers.values())).shape[1]
-    return routers, {**report, "notes": list(_notes(recipe.gate_mode, layers, width, report["chance"]))}
+    chance, width = 1 / len(passages), next(iter(routers.values())).shape[1]
+    notes = list(_notes(recipe.gate_mode, layers, width, chance))
+    return routers, {"gate": recipe.gate_mode, "chance": chance, "layers": layers, "notes": notes}
 
 
 def _fit(gate: str, layer: int, positive: Sample, negative: Sample, num_experts: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-PROBE_PENALTY = 1e-2
+PROBE_PENALTY = 0.1
 PROBE_ROUNDS = 100
 TINY = 1e-12
 FLOOR = 1e-9

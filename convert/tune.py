@@ -59,6 +59,7 @@ def train_routers(plan: Plan, recipe: FuseRecipe) -> tuple[dict[int, torch.Tenso
                 logging_steps=1,
                 report_to=[],
                 save_strategy="no",
+                dataloader_pin_memory=False,
                 disable_tqdm=True,
                 log_level="error",
                 seed=recipe.seed % 2**32,

@@ -13,19 +13,22 @@ from tests.conftest import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(bash|python|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(bash|python|yaml|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
 def test_what_the_documents_say_runs(document, dense_folder, tmp_path, monkeypatch):
     for family in FAMILIES:
         shutil.copytree(dense_folder(family), tmp_path / family)
+    for tuned in ("bert-pets", "bert-law"):
+        shutil.copytree(dense_folder("bert"), tmp_path / tuned)
     monkeypatch.chdir(tmp_path)
     for language, text in BLOCK.findall(document.read_text(encoding="utf-8")):
         if language == "python":
             exec(compile(text, document.name, "exec"), {"__name__": "document"})
-        elif language == "yaml":
-            Path(text.partition("\n")[0].removeprefix("# ")).write_text(text)
+        elif language in ("yaml", "text"):
+            name, _, rest = text.partition("\n")
+            Path(name.removeprefix("# ")).write_text(text if language == "yaml" else rest)
         else:
             for command in text.splitlines():
                 run(shlex.split(command), monkeypatch)

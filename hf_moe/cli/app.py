@@ -194,8 +194,8 @@ def fuse(
     with show.Bars(enabled=not (json or quiet)) as progress:
         made = fusion.run(wanted, output, verify=verify, overwrite=overwrite, manifest=manifest, progress=progress)
     if not quiet:
-        described = fusion.describe_fusion(made.plan, wanted) | {"routing": made.routing, "output": str(output)}
-        show.upcycled(described, made.certificate, json)
+        described = fusion.describe_fusion(made.plan, wanted) | {"output": str(output)}
+        show.fused(described, made.routing, made.certificate, json)
 
 
 @app.command(epilog="Example: hf-moe inspect ./bert-moe --json")

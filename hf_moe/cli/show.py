@@ -1,6 +1,7 @@
 """Printing: one sink for people and for programs."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -49,6 +50,26 @@ def upcycled(values: dict[str, Any], certificate: dict[str, Any] | None, as_json
     fields(values, as_json=False)
     if certificate is not None:
         verdict(certificate)
+
+
+def fused(values: dict[str, Any], routing: dict[str, Any], certificate: dict[str, Any] | None, as_json: bool) -> None:
+    """What a fusion made."""
+    shown = routing if as_json else list(_routing(routing))
+    upcycled(values | {"routing": shown}, certificate, as_json)
+
+
+def _routing(routing: dict[str, Any]) -> Iterator[str]:
+    for entry in routing.get("layers", []):
+        if entry["held_out_texts"] is not None:
+            texts, tokens, chance = (
+                f"{share:.0%}" for share in (entry["held_out_texts"], entry["held_out_tokens"], routing["chance"])
+            )
+            yield (
+                f"layer {entry['layer']}: {texts} of held-out texts go to their expert, {tokens} of their tokens "
+                + (f"(by chance {chance})")
+            )
+    if training := routing.get("training"):
+        yield "{steps} steps of training: loss {first_loss:.3f} to {last_loss:.3f}".format(**training)
 
 
 def certificate(values: dict[str, Any], as_json: bool) -> None:
