@@ -31,6 +31,7 @@ bench: $(VENV)/dev  ## the figures in benchmarks/
 	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/router_start.py
 	$(BIN)/python benchmarks/reductions.py
+	$(BIN)/python benchmarks/fused_gates.py
 	PYTHONPATH=. $(BIN)/python benchmarks/experts.py
 
 clean:

@@ -5,6 +5,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .conversion import Progress, Upcycled, from_dense, upcycle
 from .downcycle import downcycle
 from .families import FAMILIES, Family
+from .fusion import Fused, fuse
 from .mixture import Mixture, open_mixture
 from .plan import Plan, TensorPlan, plan_upcycle
 from .prune import merge_experts, prune
@@ -14,6 +15,7 @@ __all__ = [
     "FAMILIES",
     "Checkpoint",
     "Family",
+    "Fused",
     "Mixture",
     "Plan",
     "Progress",
@@ -23,6 +25,7 @@ __all__ = [
     "certify",
     "downcycle",
     "from_dense",
+    "fuse",
     "merge_experts",
     "open_checkpoint",
     "open_mixture",

@@ -11,7 +11,6 @@ from .experts import scaled
 from .headers import DTYPES
 from .mixture import Mixture
 from .plan import TensorPlan
-from .stream import PIECE_BYTES
 
 # Of one new expert: the old ones and their weights, which sum to 1. The first keeps the order of its neurons.
 Group = tuple[tuple[int, float], ...]
@@ -143,7 +142,7 @@ def pieces(tensor: TensorPlan, blend: Blend) -> Iterator[torch.Tensor]:
     """The values of `tensor`, in order."""
     dtype = DTYPES[tensor.dtype]
     if tensor.method == "copy":
-        yield from blend.mixture.checkpoint.read_pieces(tensor.name, PIECE_BYTES)
+        yield from blend.mixture.checkpoint.read_pieces(tensor.name)
     elif tensor.method == "router":
         yield blend.router(tensor.layer).to(dtype)
     else:

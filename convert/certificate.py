@@ -26,6 +26,7 @@ from .compare import (
 )
 from .manifest import update_manifest
 from .plan import Plan
+from .scheme import EXACT
 from .weights import compare_weights, plan_of
 
 CERTIFICATE_NAME = "certificate.json"
@@ -54,7 +55,8 @@ def certify(
 
     Their weights are compared bit for bit, routers apart. Then both run in evaluation mode in float32 and float64, on
     `texts` (default: ten sentences that the package ships; left out, and said so, where the source has no tokenizer)
-    and on random ids, with padding.
+    and on random ids, with padding. Where `plan` fuses other networks than the dense one's, the weights decide, and
+    outputs are measured only.
 
     Args:
         dense, moe: the checkpoints.
@@ -74,6 +76,7 @@ def certify(
     plan = plan or plan_of(dense, moe)
     read_deals(plan, moe)
     wants_copies = tolerance is None
+    judged = not plan.donors or plan.exactness.kind == EXACT
     progress("comparing weights")
     weights = compare_weights(plan, moe)
     tolerance = {**TOLERANCE, **(tolerance or {})}
@@ -106,7 +109,7 @@ def certify(
             if plan.dense_class.can_generate():
                 progress("generating")
                 runs[dtype]["greedy"] = _same_text(dense_model, moe_model, batches)
-        if not runs[dtype]["passed"]:
+        if judged and not runs[dtype]["passed"]:
             progress("looking for the layer that differs")
             runs[dtype]["bisect"] = bisect(dense_model, moe_model, plan, batches[0], limit, JUDGED[dtype])
 
@@ -114,7 +117,9 @@ def certify(
     return without_nan(
         {
             "format": FORMAT,
-            "passed": (weights["identical"] or not wants_copies) and all(run["passed"] for run in runs.values()),
+            "passed": (weights["identical"] or not wants_copies)
+            and (not judged or all(run["passed"] for run in runs.values())),
+            "judged": judged,
             "dense": {
                 "source": dense.source,
                 "revision": dense.revision,
@@ -167,17 +172,18 @@ def read_certificate(folder: Path) -> dict[str, Any] | None:
 def explain(certificate: dict[str, Any]) -> str:
     """The verdict in one line."""
     parts = [f"{dtype} {certificate[dtype]['max_rel']:.1e}" for dtype in ("float32", "float64")]
-    line = f"largest relative difference: {', '.join(parts)}"
-    weights = certificate["weights"]
+    weights, judged = certificate["weights"], certificate.get("judged", True)
+    line = f"largest relative difference{'' if judged else ' from the base'}: {', '.join(parts)}"
     if weights["identical"]:
-        line = f"all {weights['compared']} tensors but the routers are the dense ones; {line}"
+        wanted = "the dense ones" if judged else "as planned"
+        line = f"all {weights['compared']} tensors but the routers are {wanted}; {line}"
     else:
-        line = f"{line}; {weights['different'][0]!r} is not the dense one"
+        line = f"{line}; {weights['different'][0]!r} is not {'the dense one' if judged else 'as planned'}"
     if greedy := certificate["float32"].get("greedy"):
         same = f"{greedy['identical']} of {greedy['prompts']} prompts"
         line += f"; {greedy['new_tokens']} greedy tokens the same for {same}"
     dtype = next((dtype for dtype in ("float64", "float32") if not certificate[dtype]["passed"]), None)
-    if dtype is None:
+    if dtype is None or not judged:
         return line
     failed = certificate[dtype]
     measured = f"{failed[JUDGED[dtype]]:.1e} in {dtype}, where {failed['tolerance']:.1e} is allowed"

@@ -20,6 +20,8 @@ from .headers import DTYPES, TensorInfo, check_inside, read_header
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 GGUF_SUFFIX = ".gguf"
+PIECE_BYTES = 32 * 2**20  # read at a time
+
 # A tokenizer is there if one of these is.
 VOCABULARIES = (
     "tokenizer.json",
@@ -131,7 +133,7 @@ class Checkpoint:
         [values] = self.read_pieces(name, max(info.nbytes, 1))
         return values.view(info.shape)
 
-    def read_pieces(self, name: str, piece_bytes: int) -> Iterator[torch.Tensor]:
+    def read_pieces(self, name: str, piece_bytes: int = PIECE_BYTES) -> Iterator[torch.Tensor]:
         """The tensor's values in order, flat, at most `piece_bytes` (but one value) at a time; errors as in `read`."""
         info = self.tensors[name]
         dtype = DTYPES[info.dtype]

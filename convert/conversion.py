@@ -142,6 +142,7 @@ def write_checkpoint(
     overwrite: bool,
     progress: Progress,
     manifest: bool = True,
+    fitted: str = "",
 ) -> dict[str, Any] | None:
     """Writes a checkpoint that becomes `output` when it is whole; what an interrupted run has written is taken over.
 
@@ -154,6 +155,7 @@ def write_checkpoint(
         certified: measures the folder (given the digests of its files), and raises where it is not what it should be.
         overwrite, progress: as in `upcycle`.
         manifest: whether files are digested; without it nothing can be resumed.
+        fitted: digest of what `pieces` draws on besides sources and recipe.
 
     Returns:
         the certificate, if there is one. Errors as in `upcycle`.
@@ -162,7 +164,7 @@ def write_checkpoint(
     shards = split(tensors, recipe.max_shard_size)
     nbytes = sum(file_bytes(held) for held in shards.values())
     check_output(output, [source.origin or source.path for source in sources], nbytes, overwrite)
-    with whole_folder(output, _fingerprint(shards, sources, recipe), overwrite) as (folder, journal):
+    with whole_folder(output, _fingerprint(shards, sources, recipe, fitted), overwrite) as (folder, journal):
         progress.stage("writing")
         progress.total(nbytes)
         with ThreadPoolExecutor(1) as background:
@@ -189,23 +191,28 @@ def write_checkpoint(
     return certificate
 
 
-def _fingerprint(shards: dict[str, list[TensorPlan]], sources: list[Checkpoint], recipe: Any) -> str:
+def _fingerprint(shards: dict[str, list[TensorPlan]], sources: list[Checkpoint], recipe: Any, fitted: str) -> str:
     """Of everything that decides which bytes are written."""
     values = {
         "shards": {file: [asdict(tensor) for tensor in tensors] for file, tensors in shards.items()},
         "sources": [[source.source, source.stamps] for source in sources],
         "recipe": asdict(recipe),
+        "fitted": fitted,
         "versions": {name: metadata.version(name) for name in ("hf_moe", "torch", "transformers")},
     }
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _write_beside(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
-    """Configuration, code, recipe, and what comes along from the source."""
     # the source's name, not its path: the folder may be published, and its digest is in config.json
     calibration = plan.recipe.calibration and Path(plan.recipe.calibration).name
     recipe = replace(plan.recipe, base_model=checkpoint.source, revision=checkpoint.revision, calibration=calibration)
     plan.config.upcycled_from = {**checkpoint.identity, "recipe": recipe.changed()}
+    write_beside(plan, checkpoint, recipe, folder)
+
+
+def write_beside(plan: Plan, checkpoint: Checkpoint, recipe: Any, folder: Path) -> None:
+    """Configuration, code, `recipe`, and what comes along from `checkpoint`."""
     plan.config.to_json_file(folder / "config.json")
     if isinstance(plan.config, MoeConfigMixin):
         plan.config.save_code(folder)

@@ -43,6 +43,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
             "expert_width": mixture.width,
             "shared_expert_width": mixture.shared_width or None,
             "upcycled_from": config.get("upcycled_from"),
+            "fused_from": config.get("fused_from"),
             "certificate": _certificate(checkpoint),
         }
     return described

@@ -28,7 +28,6 @@ from .plan import TensorPlan
 from .rebuild import Rebuild, plan_rebuild
 from .reduce import Reduced, open_job
 from .scheme import EXACT, NOT_PRESERVING
-from .stream import PIECE_BYTES
 
 BY = ("auto", "average", "usage", "best")
 NEEDS_TEXT = ("usage", "best")
@@ -163,7 +162,7 @@ def _plan(rebuild: Rebuild, dense_class: type[PreTrainedModel]) -> DensePlan:
     config = _dense_config(mixture, dense_class, width)
     target, tied = tensors_of(dense_class, config)
     family = FAMILIES[config.model_type]
-    networks = {layer: find_network(family, layer, mixture.body, target) for layer in mixture.layers}
+    networks = {layer: find_network(family, layer, mixture.body, target, config.to_dict()) for layer in mixture.layers}
     layer_of = {name: layer for layer in mixture.layers for name in mixture.names(layer)}
     tensors: dict[str, TensorPlan] = {}
     for name, info in checkpoint.tensors.items():
@@ -237,7 +236,7 @@ def _network_tensors(rebuild: Rebuild, network: Network, target: dict[str, torch
 def pieces(tensor: TensorPlan, plan: DensePlan) -> Iterator[torch.Tensor]:
     """The values of `tensor`, in order."""
     if tensor.method == "copy":
-        yield from plan.rebuild.blend.mixture.checkpoint.read_pieces(tensor.name, PIECE_BYTES)
+        yield from plan.rebuild.blend.mixture.checkpoint.read_pieces(tensor.name)
         return
     made = torch.cat([_padded(tensor, role, plan) for role in tensor.roles])
     transposed = plan.networks[tensor.layer].projections(tensor.kind)[tensor.roles[0]].transposed

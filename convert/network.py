@@ -1,5 +1,6 @@
 """A checkpoint whose tensors go by the dense class's names, and the feed-forward networks in it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,12 @@ class Source:
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor; errors as in `checked`, and those of `Checkpoint.read`."""
         return self.checked(name, self.checkpoint.read(self.names[name]))
+
+    def pieces(self, name: str, count: int) -> Iterator[torch.Tensor]:
+        """The tensor's values in order, flat, at most `count` at a time; errors as in `read`."""
+        stored = self.checkpoint.tensors[self.names[name]]
+        for values in self.checkpoint.read_pieces(stored.name, count * DTYPES[stored.dtype].itemsize):
+            yield self.checked(name, values)
 
     def checked(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """`values` (all or some of tensor `name`) in the dtype wanted.

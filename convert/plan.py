@@ -73,6 +73,9 @@ class Plan:
         dense_class: the model class before.
         networks: layer -> the feed-forward network that becomes a mixture.
         schemes: layer -> how it does, in numbers.
+        donors: for each expert the plan of the checkpoint whose networks it is; empty: all are `source`'s.
+        shared_donor: the same for the shared expert.
+        routers: layer -> (E, D) the router's rows, where they are fitted and not drawn.
         features: layer -> (F, N) what neurons are clustered by, where they are measured on text.
         deals: layer -> how its neurons are dealt, filled in while writing.
         tensors: everything that will be written, in order.
@@ -90,6 +93,9 @@ class Plan:
     dense_class: type[PreTrainedModel] = None  # type: ignore[assignment]
     networks: dict[int, Network] = field(default_factory=dict)
     schemes: dict[int, Scheme] = field(default_factory=dict)
+    donors: tuple["Plan", ...] = ()
+    shared_donor: "Plan | None" = None
+    routers: dict[int, torch.Tensor] = field(default_factory=dict)
     features: dict[int, torch.Tensor] = field(default_factory=dict)
     deals: dict[int, Any] = field(default_factory=dict, repr=False)
     tensors: tuple[TensorPlan, ...] = ()
@@ -111,6 +117,10 @@ class Plan:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    def giver(self, expert: int) -> "Plan":
+        """By whose source and networks `expert` is made."""
+        return self.donors[expert] if self.donors else self
 
     def check(self) -> None:
         """Raises the first of `problems`, saying how many more there are."""
@@ -136,7 +146,7 @@ def _plan(checkpoint: Checkpoint, recipe: UpcycleRecipe) -> Plan:
     layers = parse_layers(recipe.moe_layers, dense_config.num_hidden_layers)
 
     expected, tied = tensors_of(dense_class, dense_config)
-    notes = list(_notes(recipe))
+    notes = list(notes_on(recipe))
     if lacks_head(checkpoint, family, dense_class, expected, tied):
         notes.append(f"config.json names {dense_class.__name__}, but its head is not here: the body is converted.")
         dense_class, moe_class = body_classes(family)
@@ -290,7 +300,7 @@ def _layer_tensors(
         columns = () if kind == "bias" else (width if roles == ("down",) else hidden,)
         return TensorPlan(
             name=named(name, experts[0] if experts else ""),
-            dtype=_widest(source.dtype_of(projection.name) for projection in projections),
+            dtype=widest(source.dtype_of(projection.name) for projection in projections),
             shape=((len(experts),) if stacked else ()) + (rows, *columns),
             method=method,
             sources=tuple(dict.fromkeys(projection.name for projection in projections)),
@@ -330,7 +340,7 @@ def _layer_tensors(
     return [*plans, router]
 
 
-def _widest(dtypes: Iterable[str]) -> str:
+def widest(dtypes: Iterable[str]) -> str:
     wide = functools.reduce(torch.promote_types, (DTYPES[dtype] for dtype in dtypes))
     return SAFETENSORS_NAMES[wide]
 
@@ -355,9 +365,10 @@ def _check_target(tensors: list[TensorPlan], target: Target) -> list[HfMoeError]
     return [SourceError(f"the plan for {name} does not hold: {problem}.") for problem in problems]
 
 
-def _notes(recipe: UpcycleRecipe) -> Iterable[str]:
+def notes_on(recipe: UpcycleRecipe, alike: bool = True) -> Iterable[str]:
+    """What a user should know before training; `alike`: whether all experts are made of the same network."""
     if recipe.num_experts_per_tok == 1 and recipe.norm_topk_prob:
         yield "With top-k 1 the renormalised gate is always 1: only the balancing loss will ever train the router."
-    same = recipe.method == "copy" and recipe.granularity == 1
+    same = alike and recipe.method == "copy" and recipe.granularity == 1
     if same and recipe.noise_std == 0 and recipe.drop_ratio == 0:
         yield "The experts start as copies: until they differ, only the balancing loss trains the router."

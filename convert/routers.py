@@ -1,6 +1,18 @@
-"""How router weights are made."""
+"""How router weights are made: drawn, or fitted to what experts should get.
+
+A router has no bias, so a classifier's offsets go into its rows (`nearest_mean`). Letters: N tokens, D hidden,
+E experts.
+"""
+
+from collections.abc import Callable
 
 import torch
+from torch.nn import functional
+
+PROBE_PENALTY = 0.1
+PROBE_ROUNDS = 100
+TINY = 1e-12
+FLOOR = 1e-9
 
 
 def calibrated_normal(
@@ -34,3 +46,97 @@ def calibrated_normal(
 def tied(rows_RD: torch.Tensor, group_size: int) -> torch.Tensor:
     """Each row for `group_size` experts in a row: a group's logits are equal, so top-k takes it whole."""
     return rows_RD.repeat_interleave(group_size, dim=0)
+
+
+def spread(rows_ED: torch.Tensor, x_ND: torch.Tensor, logit_std: float) -> torch.Tensor:
+    """Rows scaled so that a token's logits have standard deviation `logit_std` over the experts (root mean square
+    over tokens): a choice neither arbitrary nor all or nothing. What all rows share changes no gate and is taken
+    away, since rounding would make it count."""
+    rows_ED = rows_ED - rows_ED.mean(dim=0)
+    logits_NE = x_ND @ rows_ED.T
+    deviation = (logits_NE - logits_NE.mean(dim=1, keepdim=True)).square().mean().sqrt()
+    return rows_ED * (logit_std / deviation) if deviation > 0 else rows_ED
+
+
+def class_means(x_ND: torch.Tensor, expert_N: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """(E, D); 0 for an expert without tokens."""
+    sums_ED = torch.zeros(num_experts, x_ND.shape[1], dtype=x_ND.dtype).index_add_(0, expert_N, x_ND)
+    return sums_ED / torch.bincount(expert_N, minlength=num_experts).clamp(min=1)[:, None]
+
+
+def shrunk_covariance(x_ND: torch.Tensor) -> torch.Tensor:
+    """Covariance of centred tokens, drawn towards a multiple of the identity as far as their number makes it
+    uncertain (Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional covariance matrices")."""
+    count, dim = x_ND.shape
+    sample_DD = x_ND.T @ x_ND / count
+    scale = sample_DD.diagonal().mean().clamp(min=TINY)
+    target_DD = scale * torch.eye(dim, dtype=x_ND.dtype)
+    floor_DD = FLOOR * target_DD  # where nothing varies, nothing is uncertain
+    distance = (sample_DD - target_DD).square().sum()
+    error = (x_ND.square().sum(dim=1).square().mean() - sample_DD.square().sum()) / count
+    share = (error / distance).clamp(0, 1) if distance > 0 else torch.ones(())
+    return share * target_DD + (1 - share) * sample_DD + floor_DD
+
+
+def nearest_mean(means_ED: torch.Tensor, covariance_DD: torch.Tensor) -> torch.Tensor:
+    """Rows whose largest logit is the mean nearest to x, by a covariance that all experts share (Fisher 1936):
+    μ·Σ⁻¹·x - ½ μ·Σ⁻¹·μ.
+
+    The second term is an offset b, and a router has none. It becomes b·(v·x), where v·x is as near to 1 as a linear
+    function of x can be (least squares): v = Σ⁻¹·m / (1 + m·Σ⁻¹·m), m the mean of the means. After a layer norm with
+    a bias v·x is 1 for every x.
+    """
+    weighted_ED = torch.linalg.solve(covariance_DD, means_ED.T).T
+    offsets_E = -(weighted_ED * means_ED).sum(dim=1) / 2
+    middle_D = weighted_ED.mean(dim=0)
+    constant_D = middle_D / (1 + middle_D @ means_ED.mean(dim=0))
+    return weighted_ED + (offsets_E - offsets_E.mean())[:, None] * constant_D
+
+
+def prompt_direction(x_ND: torch.Tensor, expert_N: torch.Tensor, negative_ED: torch.Tensor) -> torch.Tensor:
+    """Mean of what an expert should get, less the mean of what it should not, at length 1."""
+    return functional.normalize(class_means(x_ND, expert_N, len(negative_ED)) - negative_ED, dim=1)
+
+
+def centroid(x_ND: torch.Tensor, expert_N: torch.Tensor, negative_ED: torch.Tensor) -> torch.Tensor:
+    """Nearest mean, every direction counting the same."""
+    means_ED = class_means(x_ND, expert_N, len(negative_ED))
+    variance = (x_ND - means_ED[expert_N]).square().mean().clamp(min=TINY)
+    return nearest_mean(means_ED, variance * torch.eye(x_ND.shape[1], dtype=x_ND.dtype))
+
+
+def lda(x_ND: torch.Tensor, expert_N: torch.Tensor, negative_ED: torch.Tensor) -> torch.Tensor:
+    """Linear discriminant analysis: nearest mean, directions counting the less the more the tokens vary in them."""
+    means_ED = class_means(x_ND, expert_N, len(negative_ED))
+    return nearest_mean(means_ED, shrunk_covariance(x_ND - means_ED[expert_N]))
+
+
+def probe(x_ND: torch.Tensor, expert_N: torch.Tensor, negative_ED: torch.Tensor) -> torch.Tensor:
+    """Logistic regression without an offset, each expert's tokens weighing the same in all, with a penalty on the
+    rows in units of each column's size."""
+    size_D = x_ND.square().mean(dim=0).sqrt().clamp(min=TINY)
+    z_ND = x_ND / size_D
+    weight_E = 1 / torch.bincount(expert_N, minlength=len(negative_ED)).clamp(min=1).to(x_ND.dtype)
+    rows_ED = torch.zeros_like(negative_ED, requires_grad=True)
+    optimizer = torch.optim.LBFGS([rows_ED], max_iter=PROBE_ROUNDS, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = functional.cross_entropy(z_ND @ rows_ED.T, expert_N, weight=weight_E)
+        value = value + PROBE_PENALTY / 2 * rows_ED.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return rows_ED.detach() / size_D
+
+
+# gate_mode -> rows (E, D) from inputs (N, D), the expert that each is for, and the mean of what each should not get
+GATES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "hidden": prompt_direction,
+    "cheap_embed": prompt_direction,
+    "centroid": centroid,
+    "lda": lda,
+    "probe": probe,
+}

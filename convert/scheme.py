@@ -30,18 +30,20 @@ class Exactness:
         kind: `EXACT`, `EXACT_IF` or `NOT_PRESERVING`.
         reasons: what it depends on, or what changes the function.
         expected_error: of a feed-forward network's output, root mean square, relative; neurons are taken to
-            contribute independently. 0 where exact.
+            contribute independently. 0 where exact, None where nothing is known of it.
     """
 
     kind: str = EXACT
     reasons: tuple[str, ...] = ()
-    expected_error: float = 0.0
+    expected_error: float | None = 0.0
 
     def __str__(self) -> str:
         if self.kind == EXACT:
             return EXACT
         joined = "; ".join(self.reasons)
         head = f"exact if {joined}" if self.kind == EXACT_IF else f"not preserving: {joined}"
+        if self.expected_error is None:
+            return head
         return f"{head} (expected relative error of a feed-forward network: {self.expected_error:.1e})"
 
 

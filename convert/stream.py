@@ -16,7 +16,7 @@ from .plan import Plan, TensorPlan
 from .routers import calibrated_normal, tied
 from .scheme import router_logit_std
 
-PIECE_BYTES = 32 * 2**20
+PIECE_VALUES = 8 * 2**20
 
 
 def pieces(tensor: TensorPlan, plan: Plan) -> Iterator[torch.Tensor]:
@@ -31,27 +31,26 @@ def pieces(tensor: TensorPlan, plan: Plan) -> Iterator[torch.Tensor]:
 
 def _copied(tensor: TensorPlan, plan: Plan) -> Iterator[torch.Tensor]:
     [name] = tensor.sources
-    for values in plan.source.checkpoint.read_pieces(plan.source.names[name], PIECE_BYTES):
-        yield plan.source.checked(name, values)
+    yield from plan.source.pieces(name, PIECE_VALUES)
 
 
 def _experts(tensor: TensorPlan, plan: Plan) -> Iterator[torch.Tensor]:
     """One expert's share of one matrix at a time. A value depends on the recipe, the layer, the role and the expert,
     never on which tensors stand beside it: so it is the same in every form and order of writing."""
     scheme, recipe = plan.schemes[tensor.layer], plan.recipe
-    read = lru_cache(maxsize=2)(lambda role: _projection(tensor, plan, role))
+    read = lru_cache(maxsize=2)(lambda role, giver: _projection(tensor, plan.giver(giver), role))
     parts_PF, _ = _neurons(tensor, plan)
     changed = recipe.noise_std > 0 or recipe.drop_ratio > 0
 
     @lru_cache(maxsize=2 if scheme.parts == 1 else 0)
-    def share(role: str, part: int) -> torch.Tensor:
-        weight = take_neurons(read(role), role, None if parts_PF is None else parts_PF[part])
+    def share(role: str, part: int, giver: int) -> torch.Tensor:
+        weight = take_neurons(read(role, giver), role, None if parts_PF is None else parts_PF[part])
         scale = _down_scale(tensor, scheme.down_scale, scheme.bias_scale) if role == "down" else 1.0
         return scaled(weight, scale).contiguous()
 
     for expert in tensor.experts:
         for role in tensor.roles:
-            weight = share(role, expert % scheme.parts)
+            weight = share(role, expert % scheme.parts, expert if plan.donors else 0)
             yield (_changed(weight, tensor, plan, role, expert) if changed else weight).to(DTYPES[tensor.dtype])
 
 
@@ -69,12 +68,26 @@ def _changed(weight: torch.Tensor, tensor: TensorPlan, plan: Plan, role: str, ex
 def _shared(tensor: TensorPlan, plan: Plan) -> Iterator[torch.Tensor]:
     scheme, [role] = plan.schemes[tensor.layer], tensor.roles
     _, shared_F = _neurons(tensor, plan)
-    weight = take_neurons(_projection(tensor, plan, role), role, None if scheme.shared_is_copy else shared_F)
+    giver = plan.shared_donor or plan
+    weight = take_neurons(_projection(tensor, giver, role), role, None if scheme.shared_is_copy else shared_F)
     scale = _down_scale(tensor, scheme.shared_down_scale, scheme.shared_bias_scale) if role == "down" else 1.0
     yield scaled(weight, scale).to(DTYPES[tensor.dtype])
 
 
+def _average(tensor: TensorPlan, plan: Plan) -> Iterator[torch.Tensor]:
+    """The mean over the donors, taken in float64."""
+    [name] = tensor.sources
+    for parts in zip(*(donor.source.pieces(name, PIECE_VALUES // 8) for donor in plan.donors), strict=True):
+        total = parts[0].to(torch.float64)
+        for part in parts[1:]:
+            total = total + part
+        yield (total / len(parts)).to(DTYPES[tensor.dtype])
+
+
 def _router(tensor: TensorPlan, plan: Plan) -> Iterator[torch.Tensor]:
+    if tensor.layer in plan.routers:
+        yield plan.routers[tensor.layer].to(DTYPES[tensor.dtype])
+        return
     norm = [plan.source.read(source) for source in tensor.sources]
     group = plan.recipe.granularity
     rows = calibrated_normal(
@@ -93,6 +106,7 @@ def _zeros(tensor: TensorPlan, plan: Plan) -> Iterator[torch.Tensor]:
 
 METHODS: dict[str, Callable[[TensorPlan, Plan], Iterator[torch.Tensor]]] = {
     "copy": _copied,
+    "average": _average,
     "experts": _experts,
     "shared": _shared,
     "router": _router,

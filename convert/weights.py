@@ -22,6 +22,11 @@ def plan_of(dense: Checkpoint, moe: Checkpoint) -> Plan:
     Raises:
         SourceError: where `moe` is no mixture of `dense`: another family, class, size, or tensors that do not fit.
     """
+    if moe.config.get("fused_from"):
+        raise SourceError(
+            f"{moe.path}: is fused from several models, which a comparison with one can't judge; give the recipe it "
+            "was fused by instead of the dense checkpoint."
+        )
     recorded = moe.config.get("upcycled_from")
     recipe = recorded.get("recipe") if isinstance(recorded, dict) else None
     values = {
@@ -35,6 +40,12 @@ def plan_of(dense: Checkpoint, moe: Checkpoint) -> Plan:
         plan.check()
     except HfMoeError as error:
         raise SourceError(f"{moe.path}: can't be a mixture of {dense.source}: {error}") from error
+    check_mixture(dense, moe, plan)
+    return plan
+
+
+def check_mixture(dense: Checkpoint, moe: Checkpoint, plan: Plan) -> None:
+    """Raises SourceError where `moe` has not the class and the tensors that `plan` makes of `dense`."""
     _check_class(dense, moe, plan)
     wanted, tied = tensors_of(plan.moe_class, plan.config)
     for tensor in plan.tensors:
@@ -46,7 +57,6 @@ def plan_of(dense: Checkpoint, moe: Checkpoint) -> Plan:
         if name in moe.tensors and moe.tensors[name].shape != tensor.shape:
             shapes = f"{list(moe.tensors[name].shape)}, not {list(tensor.shape)}"
             raise SourceError(f"{moe.path}: tensor {name!r} has shape {shapes} as a mixture of {dense.source} has.")
-    return plan
 
 
 def _our_facts(moe: Checkpoint) -> dict[str, Any]:

@@ -20,6 +20,8 @@ BLOCK = re.compile(r"^```(bash|python|yaml|text)\n(.*?)^```$", re.MULTILINE | re
 def test_what_the_documents_say_runs(document, dense_folder, tmp_path, monkeypatch):
     for family in FAMILIES:
         shutil.copytree(dense_folder(family), tmp_path / family)
+    for tuned in ("bert-pets", "bert-law"):
+        shutil.copytree(dense_folder("bert"), tmp_path / tuned)
     monkeypatch.chdir(tmp_path)
     for language, text in BLOCK.findall(document.read_text(encoding="utf-8")):
         if language == "python":

@@ -7,10 +7,12 @@ import typer
 
 from hf_moe import convert
 from hf_moe.cli import show
-from hf_moe.convert import certify, conversion, open_checkpoint, plan_upcycle, write_certificate
+from hf_moe.convert import certify, conversion, fusion, open_checkpoint, plan_upcycle, write_certificate
 from hf_moe.convert.describe import describe_checkpoint, describe_plan
+from hf_moe.convert.fusion_plan import plan_fuse
 from hf_moe.convert.texts import read_texts
-from hf_moe.recipe import UpcycleRecipe
+from hf_moe.convert.weights import check_mixture
+from hf_moe.recipe import FuseRecipe, UpcycleRecipe
 from hf_moe.version import __version__
 
 app = typer.Typer(
@@ -135,6 +137,68 @@ def _recipe(source: str, options: dict[str, Any]) -> UpcycleRecipe:
     return UpcycleRecipe.from_dict({"base_model": source, **options}, where="upcycle")
 
 
+@app.command(epilog="Example: hf-moe fuse recipe.yaml ./moe --gate-mode lda")
+def fuse(
+    recipe: Annotated[Path, typer.Argument(help="What to fuse, in YAML; mergekit's recipes are read.")],
+    output: Annotated[Path, typer.Argument(help="Folder to make.")],
+    gate_mode: Annotated[
+        str | None,
+        typer.Option(
+            help="How routers start: 'hidden', 'cheap_embed', 'centroid', 'lda', 'probe', 'random' or "
+            "'uniform_random'. [default: hidden]"
+        ),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts that each token is sent to. [default: 2]")] = None,
+    layers: Annotated[str | None, typer.Option(help="'all', 'every-2', or indices: '0,3,5'. [default: all]")] = None,
+    rest: Annotated[
+        str | None, typer.Option(help="Everything but the experts is the 'base' or their 'average'. [default: base]")
+    ] = None,
+    router_logit_std: Annotated[
+        float | None, typer.Option(help="Deviation of a token's logits. [default: 1; random ones 0.1]")
+    ] = None,
+    train_router: Annotated[
+        int | None, typer.Option(help="Train the routers on the texts for so many steps. [default: 0]")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the weights written, such as 'bfloat16'.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything drawn at random. [default: 0]")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="Largest weights file. [default: 5GB]")] = None,
+    allow_nonfinite: Annotated[
+        bool | None, typer.Option("--allow-nonfinite", help="Take NaN and Inf as they are.")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Hold the result against what it is made of.")] = True,
+    manifest: Annotated[bool, typer.Option(help="Digest every file; an interrupted run then resumes.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its bytes; write nothing.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fuse several fine-tuned checkpoints of one architecture into a mixture whose experts they are."""
+    options = {
+        "gate_mode": gate_mode,
+        "num_experts_per_tok": top_k,
+        "moe_layers": layers,
+        "rest": rest,
+        "router_logit_std": router_logit_std,
+        "train_router": train_router,
+        "dtype": dtype,
+        "seed": seed,
+        "max_shard_size": max_shard_size,
+        "allow_nonfinite": allow_nonfinite,
+    }
+    wanted = FuseRecipe.from_yaml(recipe, **{name: value for name, value in options.items() if value is not None})
+    if dry_run:
+        plan = plan_fuse(wanted)
+        if not quiet:
+            show.fields(fusion.describe_fusion(plan, wanted), json)
+        plan.check()
+        return
+    with show.Bars(enabled=not (json or quiet)) as progress:
+        made = fusion.run(wanted, output, verify=verify, overwrite=overwrite, manifest=manifest, progress=progress)
+    if not quiet:
+        described = fusion.describe_fusion(made.plan, wanted) | {"output": str(output)}
+        show.fused(described, made.routing, made.certificate, json)
+
+
 @app.command(epilog="Example: hf-moe inspect ./bert-moe --json")
 def inspect(
     path: Annotated[str, typer.Argument(help="Checkpoint: a folder, a GGUF file or a Hub id.")],
@@ -146,7 +210,10 @@ def inspect(
 
 @app.command(epilog="Example: hf-moe verify ./bert-base ./bert-moe")
 def verify(
-    dense: Annotated[str, typer.Argument(help="Dense checkpoint: a folder, a GGUF file or a Hub id.")],
+    dense: Annotated[
+        str,
+        typer.Argument(help="Dense checkpoint: a folder, a GGUF file or a Hub id; or a fusion's recipe (FILE.yaml)."),
+    ],
     moe: Annotated[str, typer.Argument(help="The mixture made from it: a folder or a Hub id.")],
     text: Annotated[
         Path | None, typer.Option(help="File whose lines are compared on, instead of the built-in ones.")
@@ -162,11 +229,17 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Measure how far a mixture is from its dense model, write certificate.json, and fail beyond the tolerance."""
-    dense_checkpoint, moe_checkpoint = open_checkpoint(dense), open_checkpoint(moe)
+    moe_checkpoint, plan = open_checkpoint(moe), None
+    if dense.endswith((".yaml", ".yml")):
+        plan = plan_fuse(FuseRecipe.from_yaml(Path(dense)))
+        plan.check()
+        check_mixture(plan.source.checkpoint, moe_checkpoint, plan)
+    dense_checkpoint = open_checkpoint(dense) if plan is None else plan.source.checkpoint
     with show.Bars(enabled=not (json or quiet)) as progress:
         certificate = certify(
             dense_checkpoint,
             moe_checkpoint,
+            plan=plan,
             texts=None if text is None else read_texts(text),
             tolerance=None if tolerance is None else {"float32": tolerance, "float64": tolerance},
             seed=seed,

@@ -1,6 +1,7 @@
 """Printing: one sink for people and for programs."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -63,6 +64,26 @@ def reduced(made: Reduced, as_json: bool) -> None:
         verdict(made.certificate)
 
 
+def fused(values: dict[str, Any], routing: dict[str, Any], certificate: dict[str, Any] | None, as_json: bool) -> None:
+    """What a fusion made."""
+    shown = routing if as_json else list(_routing(routing))
+    upcycled(values | {"routing": shown}, certificate, as_json)
+
+
+def _routing(routing: dict[str, Any]) -> Iterator[str]:
+    for entry in routing.get("layers", []):
+        if entry["held_out_texts"] is not None:
+            texts, tokens, chance = (
+                f"{share:.0%}" for share in (entry["held_out_texts"], entry["held_out_tokens"], routing["chance"])
+            )
+            yield (
+                f"layer {entry['layer']}: {texts} of held-out texts go to their expert, {tokens} of their tokens "
+                + (f"(by chance {chance})")
+            )
+    if training := routing.get("training"):
+        yield "{steps} steps of training: loss {first_loss:.3f} to {last_loss:.3f}".format(**training)
+
+
 def certificate(values: dict[str, Any], as_json: bool) -> None:
     """A certificate: its measurements and the verdict."""
     if as_json:
@@ -81,7 +102,8 @@ def certificate(values: dict[str, Any], as_json: bool) -> None:
 
 def verdict(values: dict[str, Any]) -> None:
     """The last line of a certificate."""
-    word, style = ("the same function", "green") if values["passed"] else ("not the same function", "red")
+    word = "the same function" if values.get("judged", True) else "as the recipe says"
+    word, style = (word, "green") if values["passed"] else (f"not {word}", "red")
     OUT.print(Text.assemble((word, style), f": {explain(values)}"))
 
 

@@ -32,6 +32,7 @@ class MoeConfigMixin(_Base):
         router_jitter_noise: half-width of the uniform noise that multiplies the router's input while training.
         output_router_logits: whether forward passes return `router_logits`, `aux_loss` and `z_loss`.
         upcycled_from: the dense checkpoint this model was made from: `source`, `revision`, `sha256` (file -> digest).
+        fused_from: the same of each checkpoint whose networks the experts are, where they are not its own.
 
     Raises:
         ValueError: where a value is impossible, in a sentence (wrapped by `strict` configurations).
@@ -58,6 +59,7 @@ class MoeConfigMixin(_Base):
     router_jitter_noise: float | int = 0.0
     output_router_logits: bool = False
     upcycled_from: dict[str, Any] | None = None
+    fused_from: list[dict[str, Any]] | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
