@@ -113,7 +113,7 @@ def describe_fusion(plan: Plan, recipe: FuseRecipe) -> dict[str, Any]:
     if plan.problems:
         return described
     experts = [donor.source.checkpoint.source for donor in plan.donors]
-    return {"base": plan.source.checkpoint.source, "experts": experts, "gate": recipe.gate_mode, **described}
+    return {**described, "experts": experts, "gate": recipe.gate_mode, "rest": recipe.rest}
 
 
 def with_routers(plan: Plan, recipe: FuseRecipe, progress: Progress) -> tuple[Plan, dict[str, Any]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-PROBE_PENALTY = 0.1
+PROBE_PENALTY = 0.03
 PROBE_ROUNDS = 100
 TINY = 1e-12
 FLOOR = 1e-9
@@ -113,8 +113,9 @@ def lda(x_ND: torch.Tensor, expert_N: torch.Tensor, negative_ED: torch.Tensor) -
 
 def probe(x_ND: torch.Tensor, expert_N: torch.Tensor, negative_ED: torch.Tensor) -> torch.Tensor:
     """Logistic regression without an offset, each expert's tokens weighing the same in all, with a penalty on the
-    rows in units of each column's size."""
-    size_D = x_ND.square().mean(dim=0).sqrt().clamp(min=TINY)
+    rows in units of each column's deviation (or a hundredth of its size, where it hardly varies)."""
+    least_D = 0.01 * x_ND.square().mean(dim=0).sqrt()
+    size_D = x_ND.std(dim=0, correction=0).maximum(least_D).clamp(min=TINY)
     z_ND = x_ND / size_D
     weight_E = 1 / torch.bincount(expert_N, minlength=len(negative_ED)).clamp(min=1).to(x_ND.dtype)
     rows_ED = torch.zeros_like(negative_ED, requires_grad=True)

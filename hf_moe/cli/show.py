@@ -38,6 +38,8 @@ def _text(name: str, value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, dict):
         return "\n".join(f"{key}: {_text(key, inner)}" for key, inner in value.items() if inner is not None)
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return "\n".join(_text(name, item) for item in value)
     if isinstance(value, list):
         return ("\n" if any(isinstance(item, str) and " " in item for item in value) else ", ").join(map(str, value))
     return str(value)

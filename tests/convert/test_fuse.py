@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import hf_moe
@@ -311,13 +311,16 @@ def test_few_tokens_are_said(tuned):
 
 
 def gaussians(dim=8, count=4000, offset=3.0):
-    """Two classes that differ in a direction of little variance, far from the origin, with a tilted covariance."""
+    """Two classes two standard deviations apart, far from the origin, with a tilted covariance. They differ across
+    the way to the origin: along it no plane through the origin parts them, and no router without a bias."""
     generator = torch.Generator().manual_seed(0)
-    mix = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+    mix = torch.eye(dim, dtype=torch.float64) + 0.5 * torch.randn(dim, dim, generator=generator, dtype=torch.float64)
     z = torch.randn(count, dim, generator=generator, dtype=torch.float64) @ mix
     expert = torch.arange(count) % 2
-    gap = torch.linalg.solve(mix @ mix.T, torch.ones(dim, dtype=torch.float64))
-    gap = gap * (2 / (gap @ (mix.T @ mix) @ gap).sqrt())
+    gap = torch.randn(dim, generator=generator, dtype=torch.float64)
+    away = torch.linalg.solve(mix.T @ mix, torch.full((dim,), offset, dtype=torch.float64))
+    gap = gap - offset * (gap @ away) / (offset * away.sum())
+    gap = gap * (2 / (gap @ torch.linalg.solve(mix.T @ mix, gap)).sqrt())
     return z + offset + expert[:, None] * gap, expert
 
 
@@ -325,14 +328,15 @@ def right(rows, x, expert):
     return ((x @ rows.T).argmax(1) == expert).double().mean().item()
 
 
-@pytest.mark.parametrize("gate", ["lda", "probe"])
-def test_classifiers_without_an_offset_come_near_the_best(gate):
+@pytest.mark.parametrize(("gate", "lost"), [("lda", 0.03), ("probe", 0.08)])
+def test_classifiers_without_an_offset_come_near_the_best(gate, lost):
     x, expert = gaussians()
     means = routers.class_means(x, expert, 2)
     precision = torch.linalg.inv((x - means[expert]).T @ (x - means[expert]) / len(x))
     best = (x - means.mean(0)) @ precision @ (means[1] - means[0]) > 0
     rows = routers.GATES[gate](x, expert, torch.zeros(2, x.shape[1], dtype=x.dtype))
-    assert right(rows, x, expert) > (best.long() == expert).double().mean() - 0.03
+    assert (best.long() == expert).double().mean() > 0.8
+    assert right(rows, x, expert) > (best.long() == expert).double().mean() - lost
 
 
 def test_an_offset_costs_nothing_after_a_layer_norm():
@@ -590,12 +594,18 @@ def test_hostile_recipes(verb, text, message, command, tmp_path):
     assert err.count("\n") == 1
 
 
-def test_a_base_without_tokenizer_or_with_nan(changed, tmp_path):
+def test_a_base_that_can_not_read_prompts(changed, tmp_path):
     base, sources = changed()
     bare = shutil.copytree(base, tmp_path / "bare", ignore=shutil.ignore_patterns("*token*", "vocab*"))
     experts = [{"source_model": s, **p} for s, p in zip(sources, PROMPTS, strict=True)]
     with pytest.raises(SourceError, match="has no tokenizer"):
         hf_moe.fuse({"base_model": str(bare), "experts": experts}, tmp_path / "moe")
+    broken = shutil.copytree(base, tmp_path / "broken")
+    tensors = weights(broken)
+    tensors["bert.embeddings.word_embeddings.weight"][:] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match="layer 0 makes NaN or Inf of the prompts"):
+        hf_moe.fuse({"base_model": str(broken), "experts": experts, "allow_nonfinite": True}, tmp_path / "moe")
     assert not (tmp_path / "moe").exists()
     assert not (tmp_path / "moe.partial").exists()
 
@@ -610,6 +620,5 @@ def test_embeddings_of_another_width(tmp_path, dense_folder):
     base = dense_folder("bert")
     experts = [{"source_model": str(base), **p} for p in PROMPTS]
     made = hf_moe.fuse({**recipe, "base_model": str(base), "experts": experts}, tmp_path / "moe", verify=False)
-    assert torch.equal(made.plan.routers[0] * made.plan.routers[2].norm(), made.plan.routers[2] * 0) is False
     cosine = torch.cosine_similarity(made.plan.routers[0].flatten(), made.plan.routers[2].flatten(), dim=0)
     assert cosine == pytest.approx(1)
