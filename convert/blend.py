@@ -36,9 +36,11 @@ class Blend:
         return scaled(made, self.scales.get(layer, 1.0)) if role == "down" else made
 
     def router(self, layer: int) -> torch.Tensor:
-        """(new experts, in): of each group the row of its first expert. (An average of rows that point elsewhere is
-        short, and sends its tokens to others: benchmarks/reductions.py.)"""
-        return self.mixture.router(layer)[[group[0][0] for group in self.groups[layer]]]
+        """(new experts, in): of each group the row of its heaviest expert, or their average where several are. (The
+        average of all is short where they point elsewhere, and moves the model more: benchmarks/reductions.py.)"""
+        rows = self.mixture.router(layer)
+        heaviest = [[old for old, weight in group if weight == group[0][1]] for group in self.groups[layer]]
+        return torch.stack([average((rows[old], 1 / len(olds)) for old in olds) for olds in heaviest])
 
     @property
     def num_experts(self) -> int:

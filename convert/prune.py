@@ -79,8 +79,8 @@ def merge_experts(
     `merge-experts.json` beside them.
 
     Their neurons are aligned first (see `align`). With a text, experts are weighted by how many of its tokens are
-    sent to them. A group gets the router's row of its heaviest expert. Experts that are equal but for the order of
-    their neurons merge exactly.
+    sent to them. A group gets the router's row of its heaviest expert, without a text the average.
+    Experts that are equal but for the order of their neurons merge exactly.
 
     One matrix of all experts of a layer is in memory at a time. Arguments and errors as in `prune`; without `text`
     nothing is run or measured, which needs gates that are renormalised.
