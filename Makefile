@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow lint format bench bench-convert clean
 
 demo: $(VENV)/demo  ## a real BERT becomes a mixture of experts
 	$(BIN)/python examples/minilm.py
@@ -33,6 +33,9 @@ bench: $(VENV)/dev  ## the figures in benchmarks/
 	$(BIN)/python benchmarks/reductions.py
 	$(BIN)/python benchmarks/fused_gates.py
 	PYTHONPATH=. $(BIN)/python benchmarks/experts.py
+
+bench-convert: $(VENV)/dev  ## conversion against the disk and mergekit-moe (needs 40 GB of disk)
+	$(BIN)/python benchmarks/convert_speed.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output
