@@ -11,6 +11,7 @@ from transformers import BertTokenizer, GPT2Tokenizer, XLMRobertaTokenizer
 from transformers.utils import logging
 
 import hf_moe
+from hf_moe.convert import FAMILIES as TABLES
 from hf_moe.modeling import CONFIGS, model_class
 from tests.families import TESTED
 
@@ -39,6 +40,11 @@ WORDS = [
     "##ed",
 ]
 FAMILIES = sorted(CONFIGS)
+
+
+def block_name(family: str) -> str:
+    """What the mixture is called in its layer."""
+    return TABLES[family].block
 
 
 def dense_classes(family: str) -> dict[str, type]:

@@ -14,7 +14,7 @@ from hf_moe.convert import certificate as module
 from hf_moe.convert import certify, conversion, open_checkpoint
 from hf_moe.convert.families import FAMILIES as TABLES
 from hf_moe.errors import CertificateError
-from tests.conftest import FAMILIES, dense_classes
+from tests.conftest import FAMILIES, block_name, dense_classes
 from tests.families import TESTED
 
 LAYER = {name: table.layer for name, table in TABLES.items()}
@@ -57,7 +57,7 @@ def test_what_it_measures(family, pair):
 @pytest.mark.parametrize("size", [1e-5, 1.0])
 def test_a_changed_expert_is_found_and_its_layer_named(family, size, pair):
     dense, moe, model = pair(family)
-    block = model.base_model.get_submodule(f"{LAYER[family].format(layer=1)}.mlp")
+    block = model.base_model.get_submodule(f"{LAYER[family].format(layer=1)}.{block_name(family)}")
     with torch.no_grad():
         block.experts.down_proj[3, 0] += size
     model.save_pretrained(moe)

@@ -18,7 +18,7 @@ from hf_moe.convert.routers import calibrated_normal
 from hf_moe.errors import UsageError
 from hf_moe.modeling import CONFIGS
 from hf_moe.recipe import UpcycleRecipe, parse_layers
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, block_name
 from tests.families import TESTED
 
 HEADS = [(family, name) for family in FAMILIES for name in sorted(moe_classes(TABLES[family]))]
@@ -96,7 +96,7 @@ def test_experts_are_copies_and_noise_is_seeded(family, dense_folder, tmp_path):
             "other": {"noise_std": 0.1, "seed": 1},
         }.items()
     }
-    [down] = [name for name in made["copies"] if name.endswith("0.mlp.experts.down_proj")]
+    [down] = [name for name in made["copies"] if name.endswith(f"0.{block_name(family)}.experts.down_proj")]
     copies, noisy = made["copies"][down], made["noisy"][down]
     assert all(torch.equal(copies[0], expert) for expert in copies)
     deviation = (noisy - copies).std() / copies[0].std()

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, StaticCache, pipeline
 
 from hf_moe.modeling.moe_layers import load_balancing_loss
-from tests.conftest import FAMILIES, batch, save_tokenizer, tiny_moe
+from tests.conftest import FAMILIES, batch, block_name, save_tokenizer, tiny_moe
 from tests.families import DECODERS, TESTED
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -260,8 +260,9 @@ def test_a_partial_load_initialises_what_is_missing(family, tmp_path):
     model = tiny_moe(family)
     model.save_pretrained(tmp_path)
     more_layers, info = type(model).from_pretrained(tmp_path, moe_layers=[0, 1, 2], output_loading_info=True)
-    missing = {name.rpartition("mlp.")[2] for name in info["missing_keys"]}
-    experts = {n.rpartition("mlp.")[2] for n in model.state_dict() if ".mlp.experts." in n}
+    block = block_name(family)
+    missing = {name.rpartition(f"{block}.")[2] for name in info["missing_keys"]}
+    experts = {n.rpartition(f"{block}.")[2] for n in model.state_dict() if f".{block}.experts." in n}
     assert missing == {"gate.weight", *experts}
     assert len(experts) >= 2
     states = more_layers.state_dict()
@@ -283,10 +284,11 @@ def test_deepcopy(family):
 def test_peft_trains_saves_loads_and_merges(family, target, tmp_path):
     model = tiny_moe(family)
     model.save_pretrained(tmp_path / "base")
-    up = expert_name(model).rpartition("mlp.")[2]
+    block = block_name(family)
+    up = expert_name(model).rpartition(f"{block}.")[2]
     options = {
         "attention": {"target_modules": list(TESTED[family].attention)},
-        "experts": {"target_modules": [], "target_parameters": [f"mlp.{up}", "mlp.experts.down_proj"]},
+        "experts": {"target_modules": [], "target_parameters": [f"{block}.{up}", f"{block}.experts.down_proj"]},
         "router": {"target_modules": list(TESTED[family].attention), "modules_to_save": ["gate"]},
     }[target]
     peft_model = get_peft_model(model, LoraConfig(r=4, lora_dropout=0.0, **options))

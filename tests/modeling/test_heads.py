@@ -11,7 +11,7 @@ from torch import nn
 from hf_moe.modeling import CONFIGS
 from hf_moe.modeling.modeling_moe import rebind
 from hf_moe.modeling.moe_layers import MoeBlock
-from tests.conftest import FAMILIES, batch, dense_classes, moe_classes, tiny_moe
+from tests.conftest import FAMILIES, batch, block_name, dense_classes, moe_classes, tiny_moe
 from tests.families import TESTED
 
 HEADS = [(family, name) for family in FAMILIES for name in moe_classes(family)]
@@ -26,6 +26,10 @@ def inputs_for(name, family):
         inputs = {key: value.unsqueeze(1).repeat(1, 3, 1) for key, value in inputs.items()}
         inputs["mc_token_ids"] = torch.tensor([[0, 2, 4]] * 2)
     return inputs
+
+
+def in_mixture(family, name):
+    return f".{block_name(family)}.gate." in name or f".{block_name(family)}.experts." in name
 
 
 def labels_for(name, inputs):
@@ -73,7 +77,7 @@ def test_built_as_the_dense_class_is(family, name):
     assert set(vars(dense)) == set(vars(moe))
     blocks = [n for n, m in moe.base_model.named_modules() if isinstance(m, MoeBlock)]
     assert len(blocks) == 2  # layers 0 and 2 of 3
-    outside = {n for n in moe.state_dict() if ".mlp.gate." not in n and ".mlp.experts." not in n}
+    outside = {n for n in moe.state_dict() if not in_mixture(family, n)}
     assert outside < set(dense.state_dict())
     assert isinstance(moe.base_model.get_submodule(blocks[0]), nn.Module)
 
@@ -122,7 +126,7 @@ def test_auxiliary_losses_join_the_loss_in_training_only(family, name):
     torch.testing.assert_close(trained.loss, evaluated.loss + 0.5 * trained.aux_loss + 0.25 * trained.z_loss)
     torch.testing.assert_close(trained.aux_loss, evaluated.aux_loss)
     trained.loss.backward()
-    assert all(p.grad is not None for n, p in model.named_parameters() if ".mlp.gate." in n or ".mlp.experts." in n)
+    assert all(p.grad is not None for n, p in model.named_parameters() if in_mixture(family, n))
 
 
 @pytest.mark.parametrize(("family", "name"), [head for head in HEADS if labels_for(head[1], batch("bert"))])
