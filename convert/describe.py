@@ -10,6 +10,8 @@ from .checkpoint import Checkpoint
 from .families import FAMILIES
 from .plan import Plan
 
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers")  # by the names of BERT, GPT-2, DistilBERT
+
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Family, layers, parameters (total, and active for one token), experts and certificate of a checkpoint."""
@@ -21,7 +23,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "source": checkpoint.source,
         "family": str(model_type).removesuffix("_moe"),
         "class": (config.get("architectures") or [None])[0],
-        "layers": config.get("num_hidden_layers", config.get("n_layer")),
+        "layers": next((config[name] for name in LAYER_COUNTS if name in config), None),
         "dtypes": sorted({info.dtype for info in checkpoint.tensors.values()}),
         "bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
         "files": len(checkpoint.files),

@@ -50,6 +50,7 @@ def test_upcycle_inspect_verify(family, dense_folder, hf_moe_command, tmp_path):
     described = json.loads(out)
     assert code == 0
     assert described["family"] == family
+    assert described["layers"] == 3
     assert described["moe_layers"] == [1]
     assert described["num_experts"] == 4
     assert described["parameters"] > described["active_parameters"]
