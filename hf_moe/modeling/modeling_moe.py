@@ -22,11 +22,14 @@ from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_outputs import (
+    BaseModelOutput,
     BaseModelOutputWithPast,
     BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPooling,
     BaseModelOutputWithPoolingAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
     CausalLMOutputWithPast,
+    ImageClassifierOutput,
     MaskedLMOutput,
     MultipleChoiceModelOutput,
     NextSentencePredictorOutput,
@@ -90,6 +93,12 @@ class RouterState:
     router_logits: tuple[torch.Tensor, ...] = ()
     token_mask: torch.Tensor | None = None
 
+    def fill(self, body, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None) -> None:
+        """`router_logits` are none where LayerDrop skipped every mixture."""
+        self.router_logits = router_logits
+        if router_logits:
+            self.token_mask = body.token_mask(attention_mask, router_logits[0].shape[0])
+
 
 def body_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Callable:
     """The dense body's `forward`, returning `router_logits` and filling a head's `router_state`.
@@ -108,10 +117,7 @@ def body_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
             _install_capturing(self)
         outputs = dense_forward(self, **kwargs, return_dict=True)
         if router_state is not None:
-            router_state.router_logits = outputs["router_logits"]
-            router_state.token_mask = _token_mask(
-                kwargs.get("attention_mask"), outputs[0].shape[-2], router_state.router_logits[0].shape[0]
-            )
+            router_state.fill(self, outputs["router_logits"], kwargs.get("attention_mask"))
         return _as_requested(self, output_class(**dict(outputs.items())), return_dict)
 
     return _own(forward, dense_forward, output_class)
@@ -190,17 +196,6 @@ def _as_requested(model, outputs: ModelOutput, return_dict: bool | None):
     return outputs if return_dict else outputs.to_tuple()
 
 
-def _token_mask(attention_mask: Any, sequence_length: int, num_tokens: int) -> torch.Tensor | None:
-    """`attention_mask` as (T,) booleans: the last `sequence_length` columns (a cached mask is longer), flattened.
-
-    None where the mask says nothing about single tokens (a 4-D mask of additive values, say).
-    """
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim > 3:
-        return None
-    rows = attention_mask.reshape(-1, attention_mask.shape[-1])[:, -sequence_length:]
-    return rows.reshape(-1) != 0 if rows.numel() == num_tokens else None
-
-
 class MoeChunkLayerMixin:
     """Mixed in before a layer of BERT's form (`intermediate`, then `output` with norm, dropout and residual).
 
@@ -264,6 +259,18 @@ class MoePreTrainedModelMixin(_Base):
                 else:
                     init.normal_(parameter, mean=0.0, std=std)
 
+    def token_mask(self, attention_mask: Any, num_tokens: int) -> torch.Tensor | None:
+        """Which of the `num_tokens` that the routers see are real, (T,): the mask's last columns (a cached mask is
+        longer than the tokens), flattened. A body whose mask counts something else than its tokens overrides this.
+
+        None where the mask says nothing about single tokens (a 4-D mask of additive values, say).
+        """
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim > 3:
+            return None
+        rows = attention_mask.reshape(-1, attention_mask.shape[-1])
+        rows = rows[:, -(num_tokens // max(1, rows.shape[0])) :]
+        return rows.reshape(-1) != 0 if rows.numel() == num_tokens else None
+
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs=None, every_n_layers: int = 1, offload: bool = False
     ):
@@ -321,12 +328,22 @@ class RouterOutput(ModelOutput):
 
 
 @dataclass
-class MoeBaseModelOutputWithPast(RouterOutput, BaseModelOutputWithPast):
+class MoeBaseModelOutput(RouterOutput, BaseModelOutput):
     """The dense body's output with the router's fields, as are the classes below for other bodies and the heads."""
 
 
 @dataclass
+class MoeBaseModelOutputWithPast(RouterOutput, BaseModelOutputWithPast):
+    pass
+
+
+@dataclass
 class MoeBaseModelOutputWithPastAndCrossAttentions(RouterOutput, BaseModelOutputWithPastAndCrossAttentions):
+    pass
+
+
+@dataclass
+class MoeBaseModelOutputWithPooling(RouterOutput, BaseModelOutputWithPooling):
     pass
 
 
@@ -342,6 +359,11 @@ class MoeCausalLMOutputWithCrossAttentions(RouterOutput, CausalLMOutputWithCross
 
 @dataclass
 class MoeCausalLMOutputWithPast(RouterOutput, CausalLMOutputWithPast):
+    pass
+
+
+@dataclass
+class MoeImageClassifierOutput(RouterOutput, ImageClassifierOutput):
     pass
 
 

@@ -94,7 +94,9 @@ class MoeExperts(_DispatchedExperts):
     With `bias`: `up_proj_bias` (E, F) or `gate_up_proj_bias` (E, 2F), and `down_proj_bias` (E, D).
     """
 
-    def __init__(self, config, *, hidden_act: str, gated: bool = False, bias: bool = True):
+    def __init__(
+        self, config, *, hidden_act: str, gated: bool = False, bias: bool = True, activation_dropout: float = 0.0
+    ):
         super().__init__(config)
         self.has_gate = gated
         self.has_bias = bias
@@ -102,6 +104,8 @@ class MoeExperts(_DispatchedExperts):
         self.hidden_dim = config.hidden_size
         self.intermediate_dim = config.moe_intermediate_size
         self.act_fn = ACT2FN[hidden_act]
+        if activation_dropout > 0:
+            self.act_fn = nn.Sequential(self.act_fn, nn.Dropout(activation_dropout))
 
         E, D, F = self.num_experts, self.hidden_dim, self.intermediate_dim
         up_name, up_width = ("gate_up_proj", 2 * F) if gated else ("up_proj", F)
@@ -133,12 +137,24 @@ class MoeBlock(nn.Module):
         gated: whether the dense network is gated (`down(act(gate(x)) * up(x))`).
         bias: whether its projections have biases.
         dropout: the dense network's own output dropout, applied once, after the experts are combined.
+        activation_dropout: that of its activations, in each expert.
     """
 
-    def __init__(self, config, *, hidden_act: str, gated: bool = False, bias: bool = True, dropout: float = 0.0):
+    def __init__(
+        self,
+        config,
+        *,
+        hidden_act: str,
+        gated: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+        activation_dropout: float = 0.0,
+    ):
         super().__init__()
         self.gate = TopKRouter(config)
-        self.experts = MoeExperts(config, hidden_act=hidden_act, gated=gated, bias=bias)
+        self.experts = MoeExperts(
+            config, hidden_act=hidden_act, gated=gated, bias=bias, activation_dropout=activation_dropout
+        )
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -189,5 +205,7 @@ def _token_mean(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.
 
 
 def _layer_mean(losses: list[torch.Tensor]) -> torch.Tensor:
-    """Layers may live on different devices; the mean is taken on the last one's, where the head is."""
+    """Layers may live on different devices; the mean is taken on the last one's, where the head is. 0 of no layers."""
+    if not losses:
+        return torch.zeros(())
     return torch.stack([loss.to(losses[-1].device) for loss in losses]).mean()
