@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from .checkpoint import Checkpoint, read_json
 from .compare import (
-    RANDOM_LENGTHS,
     Batch,
     capture_feed_forward,
     compare_outputs,
@@ -49,15 +48,15 @@ def certify(
     """Measures how far the mixture `moe` is from the dense checkpoint it was made from.
 
     Their weights are compared bit for bit, routers apart. Then both run in evaluation mode in float32 and float64, on
-    `texts` (default: ten sentences that the package ships; left out, and said so, where the source has no tokenizer)
-    and on random ids, with padding.
+    `texts` (default: ten sentences that the package ships; left out, and said so, where the model reads none or the
+    source has no tokenizer) and on random inputs of the model's kind, with padding where it has a mask.
 
     Args:
         dense, moe: the checkpoints.
-        texts: what to run on beside random ids.
+        texts: what to run on beside random inputs.
         tolerance: dtype -> largest relative difference that passes, instead of `TOLERANCE`; then differing weights
             are no failure by themselves.
-        seed: of the random ids.
+        seed: of the random inputs.
         progress: is told each stage.
 
     Returns:
@@ -84,7 +83,7 @@ def certify(
         dense_model = load_model(plan.dense_class, dense, dtype)
         moe_model = load_model(plan.moe_class, moe, dtype)
         if not batches:
-            batches, text_note = make_batches(dense, dense_model.config, texts, seed)
+            batches, text_note = make_batches(dense, dense_model.config, plan.family.inputs, texts, seed)
         dense_outputs = {batch.name: run_model(dense_model, batch) for batch in batches}
         moe_outputs = {batch.name: run_model(moe_model, batch) for batch in batches}
         limit = tolerance[dtype]
@@ -122,8 +121,8 @@ def certify(
             "weights": weights,
             "inputs": {
                 "text": text_note,
-                "random": f"{len(RANDOM_LENGTHS)} sequences of ids, seed {seed}",
-                "padding": True,
+                "random": f"{len(batches[-1].inputs[plan.family.inputs])} rows of {plan.family.inputs}, seed {seed}",
+                "padding": any(batch.is_padded for batch in batches),
             },
             "float32": runs["float32"],
             "float64": runs["float64"],

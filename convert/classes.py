@@ -1,6 +1,5 @@
 """Which family a checkpoint belongs to, and which classes stand for it before and after."""
 
-import transformers
 from transformers import PreTrainedModel
 
 from hf_moe.errors import SourceError
@@ -44,11 +43,16 @@ def find_family(checkpoint: Checkpoint) -> Family:
     return FAMILIES[model_type]
 
 
+def dense_class_of(moe_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class that a mixture's class is made of."""
+    return moe_class.__bases__[1]
+
+
 def moe_classes(family: Family) -> dict[str, type[PreTrainedModel]]:
     """Name of each dense class of the family -> the mixture's class."""
     module = modeling_module(family.config_class)
     classes = [getattr(module, name) for name in module.__all__]
-    return {cls.__bases__[1].__name__: cls for cls in classes if "forward" in vars(cls)}
+    return {dense_class_of(cls).__name__: cls for cls in classes if "forward" in vars(cls)}
 
 
 def find_classes(checkpoint: Checkpoint, family: Family) -> tuple[type[PreTrainedModel], type[PreTrainedModel]]:
@@ -60,7 +64,8 @@ def find_classes(checkpoint: Checkpoint, family: Family) -> tuple[type[PreTraine
             f"{checkpoint.path}: config.json names the class {architectures!r}; known for {family.model_type} are "
             f"{', '.join(sorted(known))}."
         )
-    return getattr(transformers, architectures[0]), known[architectures[0]]
+    moe_class = known[architectures[0]]
+    return dense_class_of(moe_class), moe_class
 
 
 def body_name(family: Family) -> str:

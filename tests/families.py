@@ -1,7 +1,7 @@
 """What the tests must know of a family beside its code: one row each, and the whole suite runs on it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import (
@@ -21,10 +21,14 @@ from transformers import (
 class TestedFamily:
     """Args:
     tiny: keyword arguments -> a dense configuration with 3 layers, and widths that are multiples of 8.
-    lm: the Auto class of its language model, which most tests use.
+    lm: the Auto class of its language model, or of another head with logits; most tests use it.
     attention: modules that LoRA is put on.
     attention_weight: a weight of the attention, relative to a layer.
-    tokenizer: "wordpiece", "unigram" or "bpe".
+    tokenizer: "wordpiece", "unigram" or "bpe"; None where it reads no text.
+    preprocessor: its preprocessor_config.json.
+    forms: other configurations that Transformers builds differently, each converted too.
+    left_out: classes of Transformers that have no mixture -> why.
+    cannot: what can't hold for the family -> why: "compile" (in one graph), or a head that is random in training.
     """
 
     __test__ = False  # for pytest, which collects classes named Test…
@@ -33,7 +37,11 @@ class TestedFamily:
     lm: str
     attention: tuple[str, ...]
     attention_weight: str
-    tokenizer: str
+    tokenizer: str | None = None
+    preprocessor: dict[str, Any] | None = None
+    forms: tuple[dict[str, Any], ...] = ()
+    left_out: dict[str, str] = field(default_factory=dict)
+    cannot: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_decoder(self) -> bool:

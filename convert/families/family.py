@@ -20,7 +20,8 @@ class Family:
         norm_offset: what the norm adds to its stored weight before it multiplies (1 in Gemma).
         block: name that the mixture has in its layer.
         transposed: whether the projections store (in, out), as GPT-2's Conv1D does.
-        renamed: endings of old checkpoints' tensor names -> today's.
+        inputs: the dense model's main input, a key of `compare.INPUTS`.
+        renamed: regular expressions in old checkpoints' tensor names -> what they are today; tried in this order.
         dropped: regular expressions of tensors that are not carried over -> why.
     """
 
@@ -33,6 +34,7 @@ class Family:
     norm_offset: float = 0.0
     block: str = "mlp"
     transposed: bool = False
+    inputs: str = "input_ids"
     renamed: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
 

@@ -18,7 +18,7 @@ from hf_moe.convert.routers import calibrated_normal
 from hf_moe.errors import UsageError
 from hf_moe.modeling import CONFIGS
 from hf_moe.recipe import UpcycleRecipe, parse_layers
-from tests.conftest import FAMILIES, block_name
+from tests.conftest import FAMILIES, TEXT_FAMILIES, batch, block_name
 from tests.families import TESTED
 
 HEADS = [(family, name) for family in FAMILIES for name in sorted(moe_classes(TABLES[family]))]
@@ -70,7 +70,16 @@ def test_every_head_is_converted_exactly(family, name, dense_folder, tmp_path):
     assert certificate["moe"]["made_from_this_dense"]
     assert certificate["float32"]["max_rel"] <= max(1e-6, 2 * certificate["float32"]["dense_rounding"])
     assert certificate["float64"]["max_rel"] <= 1e-12
-    assert certificate["inputs"]["text"].startswith("10 texts")
+    reads_text = family in TEXT_FAMILIES
+    assert certificate["inputs"]["text"].startswith("10 texts" if reads_text else "none: the model reads ")
+    assert certificate["inputs"]["padding"] == ("attention_mask" in batch(family))
+
+
+@pytest.mark.parametrize(
+    ("family", "form"), [(family, form) for family in FAMILIES for form in TESTED[family].forms], ids=str
+)
+def test_other_forms_are_converted_exactly(family, form, dense_folder, tmp_path):
+    assert hf_moe.upcycle(dense_folder(family, **form), tmp_path / "moe", num_experts=4).certificate["passed"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

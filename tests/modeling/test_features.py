@@ -8,19 +8,41 @@ import torch
 import transformers
 from accelerate import infer_auto_device_map
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from transformers import AutoTokenizer, StaticCache, pipeline
 
 from hf_moe.modeling.moe_layers import load_balancing_loss
-from tests.conftest import FAMILIES, batch, block_name, save_tokenizer, tiny_moe
+from tests.conftest import (
+    FAMILIES,
+    TEXT_FAMILIES,
+    batch,
+    block_name,
+    labels_for,
+    lm_class,
+    real_tokens,
+    save_processors,
+    tiny_moe,
+)
 from tests.families import DECODERS, TESTED
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
+every_text_family = pytest.mark.parametrize("family", TEXT_FAMILIES)
 every_decoder = pytest.mark.parametrize("family", DECODERS)
 
 
 def lm_inputs(family, **kwargs):
     inputs = batch(family, **kwargs)
-    return {**inputs, "labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
+    return {**inputs, **labels_for(lm_class(family), family, inputs)}
+
+
+def in_dtype(inputs, dtype):
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def real_logits(family, model, inputs):
+    """One row a token, without those of padding, or one row an input."""
+    logits = model(**inputs).logits
+    return logits[real_tokens(family, inputs)] if logits.ndim == 3 else logits
 
 
 def without_dropout(model):
@@ -96,8 +118,8 @@ def test_attention_implementations(family, attention, tmp_path):
     again = type(model).from_pretrained(tmp_path, attn_implementation=attention)
     assert again.config._attn_implementation == attention
     inputs = batch(family)
-    kept = inputs["attention_mask"].bool()
-    torch.testing.assert_close(again(**inputs).logits[kept], model(**inputs).logits[kept], rtol=1e-4, atol=1e-5)
+    expected = real_logits(family, model, inputs)
+    torch.testing.assert_close(real_logits(family, again, inputs), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_attentions_and_router_logits_together():
@@ -155,19 +177,20 @@ def test_bfloat16(family, tmp_path):
     model = tiny_moe(family)
     model.save_pretrained(tmp_path)
     half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
-    outputs = half(**lm_inputs(family), output_router_logits=True)
+    inputs = in_dtype(lm_inputs(family), torch.bfloat16)
+    outputs = half(**inputs, output_router_logits=True)
     assert outputs.logits.dtype == torch.bfloat16
     assert outputs.router_logits[0].dtype == torch.float32
-    half.train()(**lm_inputs(family)).loss.backward()
+    half.train()(**inputs).loss.backward()
     assert half.base_model.get_parameter(expert_name(half)).grad.dtype == torch.bfloat16
 
 
-def assert_same_model(one, other):
+def assert_same_model(family, one, other):
     """Weights to the bit; outputs within rounding, which depends on where in memory a weight lies."""
     weights, others = one.state_dict(), other.state_dict()
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[name], others[name]) for name in weights)
-    inputs = batch("bert")
+    inputs = batch(family)
     torch.testing.assert_close(one.eval()(**inputs).logits, other.eval()(**inputs).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -179,7 +202,7 @@ def expert_name(model):
 @every_family
 def test_float64_runs_whatever_the_implementation(family):
     model = tiny_moe(family).double()
-    assert model(**batch(family)).logits.dtype == torch.float64
+    assert model(**in_dtype(batch(family), torch.float64)).logits.dtype == torch.float64
 
 
 @every_family
@@ -207,7 +230,7 @@ def test_device_map(family, tmp_path):
     assert set(model._no_split_modules) <= {type(module).__name__ for module in model.modules()}
 
 
-@every_family
+@every_text_family
 def test_embeddings_stay_tied_and_can_be_resized(family, tmp_path):
     model = tiny_moe(family, tie_word_embeddings=True)
     vocabulary = model.config.vocab_size
@@ -217,18 +240,18 @@ def test_embeddings_stay_tied_and_can_be_resized(family, tmp_path):
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
-    assert_same_model(again, model)
+    assert_same_model(family, again, model)
 
 
-@every_family
+@every_text_family
 def test_untied_embeddings_stay_untied(family, tmp_path):
     model = tiny_moe(family, tie_word_embeddings=False)
     assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
     model.save_pretrained(tmp_path)
-    assert_same_model(type(model).from_pretrained(tmp_path), model)
+    assert_same_model(family, type(model).from_pretrained(tmp_path), model)
 
 
-@every_family
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "compile" not in TESTED[family].cannot])
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_compile_in_one_graph(family, implementation):
     model = without_dropout(tiny_moe(family)).train()
@@ -250,7 +273,7 @@ def test_saved_and_loaded_is_the_same_model(family, tmp_path):
     again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert_same_model(again, model)
+    assert_same_model(family, again, model)
     by_auto = getattr(transformers, TESTED[family].lm).from_pretrained(tmp_path)
     assert type(by_auto) is type(model)
 
@@ -307,17 +330,36 @@ def test_peft_trains_saves_loads_and_merges(family, target, tmp_path):
     torch.testing.assert_close(merged(**batch(family)).logits, trained, rtol=1e-4, atol=1e-5)
 
 
+# Auto class of the head -> task, and whether its pipeline answers as it should.
+PIPELINES = {
+    "AutoModelForMaskedLM": (
+        "fill-mask",
+        lambda pipe: len(pipe(f"the dog sat on the {pipe.tokenizer.mask_token}")) == 5,
+    ),
+    "AutoModelForCausalLM": (
+        "text-generation",
+        lambda pipe: pipe("abc", max_new_tokens=3)[0]["generated_text"].startswith("abc"),
+    ),
+    "AutoModelForImageClassification": (
+        "image-classification",
+        lambda pipe: {a["label"] for a in pipe(Image.new("RGB", (24, 20), "red"))} == {"LABEL_0", "LABEL_1"},
+    ),
+}
+
+
 @every_family
 def test_pipelines(family, tmp_path):
-    model = tiny_moe(family)
-    save_tokenizer(family, tmp_path)
-    model.save_pretrained(tmp_path)
+    save_processors(family, tmp_path)
+    tiny_moe(family).save_pretrained(tmp_path)
+    task, answers_well = PIPELINES[TESTED[family].lm]
+    pipe = pipeline(task, model=str(tmp_path))
+    assert type(pipe.model).__name__ == lm_class(family)
+    assert answers_well(pipe)
+
+
+@every_text_family
+def test_feature_extraction(family, tmp_path):
+    save_processors(family, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    if not TESTED[family].is_decoder:
-        answers = pipeline("fill-mask", model=model, tokenizer=tokenizer)(f"the dog sat on the {tokenizer.mask_token}")
-        assert len(answers) == 5
-        features = pipeline("feature-extraction", model=model.base_model, tokenizer=tokenizer)("the dog")
-        assert len(features[0][0]) == 32
-    else:
-        answers = pipeline("text-generation", model=model, tokenizer=tokenizer)("abc", max_new_tokens=3)
-        assert answers[0]["generated_text"].startswith("abc")
+    features = pipeline("feature-extraction", model=tiny_moe(family).base_model, tokenizer=tokenizer)("the dog")
+    assert len(features[0][0]) == 32

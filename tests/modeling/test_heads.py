@@ -8,46 +8,31 @@ import torch
 import transformers
 from torch import nn
 
+from hf_moe.convert import FAMILIES as TABLES
 from hf_moe.modeling import CONFIGS
 from hf_moe.modeling.modeling_moe import rebind
 from hf_moe.modeling.moe_layers import MoeBlock
-from tests.conftest import FAMILIES, batch, block_name, dense_classes, moe_classes, tiny_moe
+from tests.conftest import (
+    FAMILIES,
+    assert_equal,
+    batch,
+    block_name,
+    dense_classes,
+    inputs_for,
+    labels_for,
+    moe_classes,
+    tiny_moe,
+)
 from tests.families import TESTED
 
 HEADS = [(family, name) for family in FAMILIES for name in moe_classes(family)]
 IDS = [name for _, name in HEADS]
-
-
-def inputs_for(name, family):
-    inputs = batch(family)
-    if name.endswith("ForMultipleChoice"):
-        inputs = {key: value.unsqueeze(1).repeat(1, 3, 1) for key, value in inputs.items()}
-    if "DoubleHeads" in name:
-        inputs = {key: value.unsqueeze(1).repeat(1, 3, 1) for key, value in inputs.items()}
-        inputs["mc_token_ids"] = torch.tensor([[0, 2, 4]] * 2)
-    return inputs
+WITH_LOSS = [(family, name) for family, name in HEADS if labels_for(name, family, batch(family))]
+MASKED = [family for family in FAMILIES if "attention_mask" in batch(family)]
 
 
 def in_mixture(family, name):
     return f".{block_name(family)}.gate." in name or f".{block_name(family)}.experts." in name
-
-
-def labels_for(name, inputs):
-    """Labels as Trainer would pass them; none for a body."""
-    ids = inputs["input_ids"]
-    token_labels = ids.masked_fill(inputs["attention_mask"] == 0, -100)
-    rows = torch.tensor([1, 0])
-    if name.endswith("ForPreTraining"):
-        return {"labels": token_labels, "next_sentence_label": rows}
-    if name.endswith("ForQuestionAnswering"):
-        return {"start_positions": rows, "end_positions": rows + 1}
-    if name.endswith(("ForSequenceClassification", "ForNextSentencePrediction", "ForMultipleChoice")):
-        return {"labels": rows}
-    if name.endswith("ForTokenClassification"):
-        return {"labels": (ids % 2).masked_fill(inputs["attention_mask"] == 0, -100)}
-    if name.endswith(("LMHeadModel", "ForMaskedLM", "ForCausalLM", "DoubleHeadsModel")):
-        return {"labels": token_labels}
-    return {}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -55,12 +40,14 @@ def test_every_head_that_transformers_has_is_here(family):
     config_class = CONFIGS[family]
     module = inspect.getmodule(dense_classes(family)[next(iter(dense_classes(family)))])
     exported = {name for name in module.__all__ if not name.endswith(("PreTrainedModel", "Layer"))}
-    assert set(dense_classes(family)) == exported
+    left_out = set(TESTED[family].left_out)
+    assert set(dense_classes(family)) == exported - left_out
     dense_auto = {
         auto: mapping._model_mapping[family]
         for auto in dir(transformers)
-        if auto.startswith("AutoModel") and (mapping := getattr(transformers, auto)._model_mapping) is not None
-        if family in mapping._model_mapping
+        if auto.startswith(("AutoModel", "AutoBackbone"))
+        if (mapping := getattr(transformers, auto)._model_mapping) is not None
+        if mapping._model_mapping.get(family, "") not in {"", *left_out}
     }
     ours = {auto: moe_classes(family)[name].__bases__[1].__name__ for auto, name in config_class.auto_classes.items()}
     assert ours == dense_auto
@@ -97,9 +84,11 @@ def test_outputs(family, name):
     assert "router_logits" not in plain
     assert "aux_loss" not in plain
     full = model(**inputs, output_router_logits=True)
-    tokens = inputs["input_ids"].numel()
+    with_states = model(**inputs, output_hidden_states=True)
+    assert len(with_states.hidden_states) == 4
+    tokens = with_states.hidden_states[0].shape[:-1].numel()
     assert [tuple(logits.shape) for logits in full.router_logits] == [(tokens, 4), (tokens, 4)]
-    assert torch.equal(plain[0], full[0])
+    assert_equal(plain[0], full[0])
     if not body:
         assert full.aux_loss > 0
         assert full.z_loss > 0
@@ -109,14 +98,12 @@ def test_outputs(family, name):
     again = pickle.loads(pickle.dumps(full))
     assert type(again) is type(full)
     assert torch.equal(again.router_logits[1], full.router_logits[1])
-    with_states = model(**inputs, output_hidden_states=True)
-    assert len(with_states.hidden_states) == 4
 
 
-@pytest.mark.parametrize(("family", "name"), [head for head in HEADS if labels_for(head[1], batch("bert"))])
+@pytest.mark.parametrize(("family", "name"), WITH_LOSS)
 def test_auxiliary_losses_join_the_loss_in_training_only(family, name):
     inputs = inputs_for(name, family)
-    labels = labels_for(name, inputs)
+    labels = labels_for(name, family, inputs)
     model = tiny_moe(family, name, router_aux_loss_coef=0.5, router_z_loss_coef=0.25)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -129,19 +116,19 @@ def test_auxiliary_losses_join_the_loss_in_training_only(family, name):
     assert all(p.grad is not None for n, p in model.named_parameters() if in_mixture(family, n))
 
 
-@pytest.mark.parametrize(("family", "name"), [head for head in HEADS if labels_for(head[1], batch("bert"))])
+@pytest.mark.parametrize(("family", "name"), [head for head in WITH_LOSS if head[0] in MASKED])
 def test_padding_does_not_move_the_auxiliary_losses(family, name):
     inputs = inputs_for(name, family)
     model = tiny_moe(family, name)
     before = model(**inputs, output_router_logits=True)
-    changed = dict(inputs)
-    changed["input_ids"] = torch.where(inputs["attention_mask"] == 0, 7, inputs["input_ids"])
+    kind, mask = TABLES[family].inputs, inputs["attention_mask"]
+    changed = {**inputs, kind: torch.where(mask == 0, 7, inputs[kind])}
     after = model(**changed, output_router_logits=True)
     torch.testing.assert_close(before.aux_loss, after.aux_loss)
     torch.testing.assert_close(before.z_loss, after.z_loss)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MASKED)
 def test_positional_mask_counts_as_a_mask(family):
     model, inputs = tiny_moe(family), batch(family)
     by_name = model(**inputs, output_router_logits=True)
