@@ -17,12 +17,14 @@ from hf_moe.modeling.modeling_qwen3_moe import *
 from hf_moe.modeling.modeling_qwen3_moe import __all__ as _qwen3
 from hf_moe.modeling.modeling_roberta_moe import *
 from hf_moe.modeling.modeling_roberta_moe import __all__ as _roberta
+from hf_moe.modeling.modeling_vit_moe import *
+from hf_moe.modeling.modeling_vit_moe import __all__ as _vit
 from hf_moe.modeling.modeling_xlm_roberta_moe import *
 from hf_moe.modeling.modeling_xlm_roberta_moe import __all__ as _xlm_roberta
 from hf_moe.version import __version__
 
 __all__ = ["__version__", "upcycle"]
-__all__ += [*_bert, *_electra, *_gpt2, *_llama, *_mistral, *_qwen3, *_roberta, *_xlm_roberta]
+__all__ += [*_bert, *_electra, *_gpt2, *_llama, *_mistral, *_qwen3, *_roberta, *_vit, *_xlm_roberta]
 
 register_all()
 MoePreTrainedModelMixin.from_dense = classmethod(from_dense)

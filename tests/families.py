@@ -13,6 +13,7 @@ from transformers import (
     PretrainedConfig,
     Qwen3Config,
     RobertaConfig,
+    ViTConfig,
     XLMRobertaConfig,
 )
 
@@ -63,6 +64,13 @@ def decoder(config_class: type[PretrainedConfig], **fixed) -> Callable[..., Pret
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     return encoder(config_class, vocab_size=300, **special, **fixed)
 
+
+def vision(config_class: type[PretrainedConfig], **fixed) -> Callable[..., PretrainedConfig]:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+    return lambda **kwargs: config_class(**{**sizes, **fixed, **kwargs})
+
+
+IMAGES = {"do_resize": True, "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
 TESTED: dict[str, TestedFamily] = {
     "bert": TestedFamily(
@@ -120,6 +128,13 @@ TESTED: dict[str, TestedFamily] = {
         attention=("q_proj", "v_proj"),
         attention_weight="self_attn.o_proj.weight",
         tokenizer="bpe",
+    ),
+    "vit": TestedFamily(
+        tiny=vision(ViTConfig, intermediate_size=64, encoder_stride=8),
+        lm="AutoModelForImageClassification",
+        attention=("q_proj", "v_proj"),
+        attention_weight="attention.o_proj.weight",
+        preprocessor={"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}, **IMAGES},
     ),
 }
 DECODERS = [name for name, family in TESTED.items() if family.is_decoder]

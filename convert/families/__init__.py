@@ -8,9 +8,10 @@ from .llama import LLAMA
 from .mistral import MISTRAL
 from .qwen3 import QWEN3
 from .roberta import ROBERTA
+from .vit import VIT
 from .xlm_roberta import XLM_ROBERTA
 
-_ALL = (BERT, ELECTRA, GPT2, LLAMA, MISTRAL, QWEN3, ROBERTA, XLM_ROBERTA)
+_ALL = (BERT, ELECTRA, GPT2, LLAMA, MISTRAL, QWEN3, ROBERTA, VIT, XLM_ROBERTA)
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

@@ -14,6 +14,7 @@ from .configuration_mistral_moe import MistralMoeConfig
 from .configuration_moe import MoeConfigMixin
 from .configuration_qwen3_moe import Qwen3MoeConfig
 from .configuration_roberta_moe import RobertaMoeConfig
+from .configuration_vit_moe import ViTMoeConfig
 from .configuration_xlm_roberta_moe import XLMRobertaMoeConfig
 
 _ALL = (
@@ -24,6 +25,7 @@ _ALL = (
     MistralMoeConfig,
     Qwen3MoeConfig,
     RobertaMoeConfig,
+    ViTMoeConfig,
     XLMRobertaMoeConfig,
 )
 
