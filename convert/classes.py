@@ -1,5 +1,7 @@
 """Which family a checkpoint belongs to, and which classes stand for it before and after."""
 
+from collections.abc import Iterable
+
 from transformers import PreTrainedModel
 
 from hf_moe.errors import SourceError
@@ -22,7 +24,8 @@ def find_family(checkpoint: Checkpoint) -> Family:
     """The dense family of a checkpoint.
 
     Raises:
-        SourceError: where it asks for remote code, is a mixture already, is quantized, or has no table.
+        SourceError: where it asks for remote code, is a mixture already, is quantized, has no table, or is of a form
+            that its table refuses.
     """
     config, path = checkpoint.config, checkpoint.path
     model_type = config.get("model_type")
@@ -40,6 +43,9 @@ def find_family(checkpoint: Checkpoint) -> Family:
         why = WHY_NOT.get(str(model_type), "no table says where its feed-forward networks lie")
         known = ", ".join(FAMILIES)
         raise SourceError(f"{path}: architecture {model_type!r} can't be converted: {why}. Known are {known}.")
+    for name, why in FAMILIES[model_type].refused.items():
+        if config.get(name):
+            raise SourceError(f"{path}: config.json sets {name}, which can't be converted: {why}.")
     return FAMILIES[model_type]
 
 
@@ -72,3 +78,10 @@ def body_name(family: Family) -> str:
     """Name of the family's dense class without a head."""
     moe_name = family.config_class.auto_classes["AutoModel"]
     return next(name for name, cls in moe_classes(family).items() if cls.__name__ == moe_name)
+
+
+def body_prefix(dense_class: type[PreTrainedModel], names: Iterable[str]) -> str:
+    """What stands before the body's tensors among the `names` of a class's: nothing where the class is the body
+    itself, or has the body's parts for its own, as backbones do."""
+    prefix = f"{dense_class.base_model_prefix}."
+    return prefix if any(name.startswith(prefix) for name in names) else ""

@@ -19,7 +19,7 @@ from hf_moe.errors import HfMoeError, SourceError, UsageError
 from hf_moe.recipe import UpcycleRecipe, parse_layers
 
 from .checkpoint import Checkpoint
-from .classes import body_name, find_classes, find_family
+from .classes import body_prefix, find_classes, find_family
 from .families import Family
 from .headers import DTYPES
 from .names import check_layer_count, match_names, tensors_of
@@ -192,7 +192,7 @@ def _made(
 
 def _tensors(checkpoint, family: Family, dense_class, recipe, layers, names) -> list[TensorPlan]:
     """Every source tensor copied, but the chosen layers' projections, which become experts and a router."""
-    body = "" if dense_class.__name__ == body_name(family) else f"{dense_class.base_model_prefix}."
+    body = body_prefix(dense_class, names)
     replaced: dict[str, list[TensorPlan]] = {}
     for layer in layers:
         prefix = body + family.layer.format(layer=layer)

@@ -23,6 +23,7 @@ class Family:
         inputs: the dense model's main input, a key of `compare.INPUTS`.
         renamed: regular expressions in old checkpoints' tensor names -> what they are today; tried in this order.
         dropped: regular expressions of tensors that are not carried over -> why.
+        refused: fields of the configuration that rule a conversion out where they are set -> why.
     """
 
     config_class: type[MoeConfigMixin]
@@ -37,6 +38,7 @@ class Family:
     inputs: str = "input_ids"
     renamed: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
 
     @property
     def model_type(self) -> str:

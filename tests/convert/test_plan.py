@@ -15,7 +15,7 @@ from hf_moe.convert import open_checkpoint, plan_upcycle
 from hf_moe.convert.classes import moe_classes
 from hf_moe.convert.experts import copy_expert
 from hf_moe.convert.routers import calibrated_normal
-from hf_moe.errors import UsageError
+from hf_moe.errors import SourceError, UsageError
 from hf_moe.modeling import CONFIGS
 from hf_moe.recipe import UpcycleRecipe, parse_layers
 from tests.conftest import FAMILIES, TEXT_FAMILIES, batch, block_name
@@ -80,6 +80,14 @@ def test_every_head_is_converted_exactly(family, name, dense_folder, tmp_path):
 )
 def test_other_forms_are_converted_exactly(family, form, dense_folder, tmp_path):
     assert hf_moe.upcycle(dense_folder(family, **form), tmp_path / "moe", num_experts=4).certificate["passed"]
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family in FAMILIES for name in TABLES[family].refused]
+)
+def test_a_form_that_the_table_refuses(family, name, dense_folder, tmp_path):
+    with pytest.raises(SourceError, match=f"sets {name}, which can't be converted"):
+        hf_moe.upcycle(dense_folder(family, **{name: True}), tmp_path / "moe")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
