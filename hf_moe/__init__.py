@@ -4,6 +4,8 @@ from hf_moe.auto import register_all
 from hf_moe.convert import from_dense, upcycle
 from hf_moe.modeling.modeling_bert_moe import *
 from hf_moe.modeling.modeling_bert_moe import __all__ as _bert
+from hf_moe.modeling.modeling_dinov2_moe import *
+from hf_moe.modeling.modeling_dinov2_moe import __all__ as _dinov2
 from hf_moe.modeling.modeling_electra_moe import *
 from hf_moe.modeling.modeling_electra_moe import __all__ as _electra
 from hf_moe.modeling.modeling_gpt2_moe import *
@@ -24,7 +26,7 @@ from hf_moe.modeling.modeling_xlm_roberta_moe import __all__ as _xlm_roberta
 from hf_moe.version import __version__
 
 __all__ = ["__version__", "upcycle"]
-__all__ += [*_bert, *_electra, *_gpt2, *_llama, *_mistral, *_qwen3, *_roberta, *_vit, *_xlm_roberta]
+__all__ += [*_bert, *_dinov2, *_electra, *_gpt2, *_llama, *_mistral, *_qwen3, *_roberta, *_vit, *_xlm_roberta]
 
 register_all()
 MoePreTrainedModelMixin.from_dense = classmethod(from_dense)

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import (
     BertConfig,
+    Dinov2Config,
     ElectraConfig,
     GPT2Config,
     LlamaConfig,
@@ -70,7 +71,13 @@ def vision(config_class: type[PretrainedConfig], **fixed) -> Callable[..., Pretr
     return lambda **kwargs: config_class(**{**sizes, **fixed, **kwargs})
 
 
-IMAGES = {"do_resize": True, "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+IMAGES = {
+    "crop_size": {"height": 16, "width": 16},
+    "do_normalize": True,
+    "do_resize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
 
 TESTED: dict[str, TestedFamily] = {
     "bert": TestedFamily(
@@ -128,6 +135,13 @@ TESTED: dict[str, TestedFamily] = {
         attention=("q_proj", "v_proj"),
         attention_weight="self_attn.o_proj.weight",
         tokenizer="bpe",
+    ),
+    "dinov2": TestedFamily(
+        tiny=vision(Dinov2Config, mlp_ratio=2),
+        lm="AutoModelForImageClassification",
+        attention=("q_proj", "v_proj"),
+        attention_weight="attention.o_proj.weight",
+        preprocessor={"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 16}, **IMAGES},
     ),
     "vit": TestedFamily(
         tiny=vision(ViTConfig, intermediate_size=64, encoder_stride=8),

@@ -1,6 +1,7 @@
 """The architectures that can be converted: dense `model_type` -> table."""
 
 from .bert import BERT
+from .dinov2 import DINOV2
 from .electra import ELECTRA
 from .family import Family
 from .gpt2 import GPT2
@@ -11,7 +12,7 @@ from .roberta import ROBERTA
 from .vit import VIT
 from .xlm_roberta import XLM_ROBERTA
 
-_ALL = (BERT, ELECTRA, GPT2, LLAMA, MISTRAL, QWEN3, ROBERTA, VIT, XLM_ROBERTA)
+_ALL = (BERT, DINOV2, ELECTRA, GPT2, LLAMA, MISTRAL, QWEN3, ROBERTA, VIT, XLM_ROBERTA)
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .configuration_bert_moe import BertMoeConfig
+from .configuration_dinov2_moe import Dinov2MoeConfig
 from .configuration_electra_moe import ElectraMoeConfig
 from .configuration_gpt2_moe import GPT2MoeConfig
 from .configuration_llama_moe import LlamaMoeConfig
@@ -19,6 +20,7 @@ from .configuration_xlm_roberta_moe import XLMRobertaMoeConfig
 
 _ALL = (
     BertMoeConfig,
+    Dinov2MoeConfig,
     ElectraMoeConfig,
     GPT2MoeConfig,
     LlamaMoeConfig,

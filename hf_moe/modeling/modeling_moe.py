@@ -131,6 +131,8 @@ def head_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
     step as Trainer counts it, by which the loss is then normalised, auxiliary part included.
     While training the losses are always computed, returned, and added to `loss`. In evaluation `loss` is the task's
     alone, so that it compares with a dense model's.
+
+    A body whose layers stand in a model of its own takes this as well: it then hands a head's `router_state` through.
     """
     names = _positional_names(dense_forward)
 
@@ -140,16 +142,21 @@ def head_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
         *args,
         output_router_logits: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        router_state: RouterState | None = None,
         **kwargs,
     ):
         kwargs.update(_named(names, args))
         return_dict = kwargs.pop("return_dict", None)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        router_state = RouterState() if output_router_logits or self.training else None
+        on_top = router_state is None
+        if on_top and (output_router_logits or self.training):
+            router_state = RouterState()
         outputs = dict(dense_forward(self, **kwargs, router_state=router_state, return_dict=True).items())
 
-        if router_state is not None:
+        if router_state is not None and router_state.token_mask is None:  # the mask ended above the layers
+            router_state.fill(self, router_state.router_logits, kwargs.get("attention_mask"))
+        if router_state is not None and on_top:
             logits, mask = router_state.router_logits, router_state.token_mask
             outputs["aux_loss"] = load_balancing_loss(logits, self.config.num_experts_per_tok, mask)
             outputs["z_loss"] = router_z_loss(logits, mask)

@@ -7,11 +7,12 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers import Dinov2Model
 
 from hf_moe.convert import FAMILIES as TABLES
 from hf_moe.modeling import CONFIGS
 from hf_moe.modeling.modeling_moe import rebind
-from hf_moe.modeling.moe_layers import MoeBlock
+from hf_moe.modeling.moe_layers import MoeBlock, load_balancing_loss
 from tests.conftest import (
     FAMILIES,
     assert_equal,
@@ -152,3 +153,31 @@ def test_rebind_leaves_the_dense_classes_alone():
     tiny_moe("bert")
     dense = dense_classes("bert")["BertForMaskedLM"](TESTED["bert"].tiny())
     assert not any(isinstance(module, MoeBlock) for module in dense.modules())
+
+
+def test_gated_experts_of_dinov2_are_its_gated_network():
+    """This form can't be converted from disk, so its experts are filled here."""
+    dense = Dinov2Model(TESTED["dinov2"].tiny(use_swiglu_ffn=True)).eval()
+    moe = tiny_moe("dinov2", "Dinov2MoeModel", use_swiglu_ffn=True, moe_intermediate_size=None)
+    moe.load_state_dict(dense.state_dict(), strict=False)
+    with torch.no_grad():
+        for layer in (0, 2):
+            mlp, experts = dense.encoder.layer[layer].mlp, moe.encoder.layer[layer].mlp.experts
+            for kind, suffix in (("weight", ""), ("bias", "_bias")):
+                up = torch.cat([getattr(mlp.gate_proj, kind), getattr(mlp.up_proj, kind)])
+                getattr(experts, f"gate_up_proj{suffix}").copy_(up.expand(4, *up.shape))
+                down = getattr(mlp.down_proj, kind)
+                getattr(experts, f"down_proj{suffix}").copy_(down.expand(4, *down.shape))
+    inputs = batch("dinov2")
+    torch.testing.assert_close(moe(**inputs).last_hidden_state, dense(**inputs).last_hidden_state)
+
+
+def test_a_mask_above_the_layers_counts():
+    model, inputs = tiny_moe("dinov2"), batch("dinov2")
+    mask = torch.ones(2, 5, dtype=torch.long)
+    everything = model(**inputs, attention_mask=mask, output_router_logits=True)
+    mask[1, 3:] = 0
+    masked = model(**inputs, attention_mask=mask, output_router_logits=True)
+    expected = load_balancing_loss(masked.router_logits, 2, mask.reshape(-1))
+    torch.testing.assert_close(masked.aux_loss, expected)
+    assert not torch.allclose(masked.aux_loss, everything.aux_loss)
