@@ -1,6 +1,7 @@
 """Which family a checkpoint belongs to, and which classes stand for it before and after."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from transformers import PreTrainedModel
 
@@ -21,7 +22,7 @@ WHY_NOT = {
 
 
 def find_family(checkpoint: Checkpoint) -> Family:
-    """The dense family of a checkpoint.
+    """The dense family of a checkpoint, in the form that its configuration asks for.
 
     Raises:
         SourceError: where it asks for remote code, is a mixture already, is quantized, has no table, or is of a form
@@ -43,10 +44,14 @@ def find_family(checkpoint: Checkpoint) -> Family:
         why = WHY_NOT.get(str(model_type), "no table says where its feed-forward networks lie")
         known = ", ".join(FAMILIES)
         raise SourceError(f"{path}: architecture {model_type!r} can't be converted: {why}. Known are {known}.")
-    for name, why in FAMILIES[model_type].refused.items():
+    family = FAMILIES[model_type]
+    for name, why in family.refused.items():
         if config.get(name):
             raise SourceError(f"{path}: config.json sets {name}, which can't be converted: {why}.")
-    return FAMILIES[model_type]
+    for name, changes in family.variants.items():
+        if config.get(name):
+            family = replace(family, **changes)  # type: ignore[arg-type]
+    return family
 
 
 def dense_class_of(moe_class: type[PreTrainedModel]) -> type[PreTrainedModel]:

@@ -49,7 +49,7 @@ def match_names(checkpoint: Checkpoint, family: Family, dense_class, dense_confi
             problems.append(
                 SourceError(f"{checkpoint.path}: tensor {source!r} is left over: no {family.model_type} class has it.")
             )
-    missing = [name for name in expected if name not in names and name not in tied]
+    missing = [name for name in expected if name not in names and name not in tied and not _is_optional(name, family)]
     problems += [SourceError(f"{checkpoint.path}: tensor {name!r} is missing.") for name in missing]
     for name, source in names.items():
         problems += _check_tensor(checkpoint, checkpoint.tensors[source], expected[name])
@@ -58,6 +58,10 @@ def match_names(checkpoint: Checkpoint, family: Family, dense_class, dense_confi
 
 def _why_dropped(source: str, family: Family) -> str | None:
     return next((why for pattern, why in family.dropped.items() if re.search(pattern, source)), None)
+
+
+def _is_optional(name: str, family: Family) -> bool:
+    return any(re.search(pattern, name) for pattern in family.optional)
 
 
 def _renamed(source: str, family: Family) -> str:

@@ -252,7 +252,8 @@ def _check_target(tensors: list[TensorPlan], moe_class, config, names, expected)
     target, tied = tensors_of(moe_class, config)
     written = [tensor.name for tensor in tensors]
     problems = [f"{name!r} would be written twice" for name in sorted({n for n in written if written.count(n) > 1})]
-    problems += [f"{name!r} would not be written" for name in target if name not in set(written) | tied]
+    lacking = set(expected) - set(names)  # tied, or optional in the source
+    problems += [f"{name!r} would not be written" for name in target if name not in set(written) | tied | lacking]
     for tensor in tensors:
         if tensor.name in target and tensor.shape != tuple(target[tensor.name].shape):
             problems.append(f"{tensor.name!r} would have shape {tensor.shape}, not {tuple(target[tensor.name].shape)}")

@@ -39,8 +39,9 @@ def plan_of(dense: Checkpoint, moe: Checkpoint) -> Plan:
     assert plan.moe_class is not None
     _check_class(dense, moe, plan)
     target, tied = tensors_of(plan.moe_class, plan.config)
+    planned = {tensor.name for tensor in plan.tensors}
     for name, tensor in target.items():
-        if name not in moe.tensors and name not in tied:
+        if name not in moe.tensors and name in planned - tied:
             raise SourceError(f"{moe.path}: tensor {name!r} is missing, which a mixture of {dense.source} has.")
         if name in moe.tensors and moe.tensors[name].shape != tuple(tensor.shape):
             shapes = f"{list(moe.tensors[name].shape)}, not {list(tensor.shape)}"

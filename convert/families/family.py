@@ -23,6 +23,9 @@ class Family:
         inputs: the dense model's main input, a key of `compare.INPUTS`.
         renamed: regular expressions in old checkpoints' tensor names -> what they are today; tried in this order.
         dropped: regular expressions of tensors that are not carried over -> why.
+        optional: regular expressions of tensors that a source may lack, and its mixture then lacks too: only training
+            uses them.
+        variants: fields of the configuration -> which of the above are others where they are set.
         refused: fields of the configuration that rule a conversion out where they are set -> why.
     """
 
@@ -38,6 +41,8 @@ class Family:
     inputs: str = "input_ids"
     renamed: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
+    variants: dict[str, dict[str, str]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
     @property
