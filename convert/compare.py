@@ -119,10 +119,16 @@ def _random_images(config, generator: torch.Generator) -> dict[str, torch.Tensor
     return {"pixel_values": torch.randn((RANDOM_ROWS, config.num_channels, height, width), generator=generator)}
 
 
+def _random_waves(config, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    mask = _mask([frames * config.inputs_to_logits_ratio for frames in RANDOM_FRAMES])
+    return {"input_values": torch.randn(mask.shape, generator=generator) * mask, "attention_mask": mask}
+
+
 # What models read: main input -> random inputs for a configuration, with a mask where they can be padded.
 INPUTS: dict[str, Callable[[Any, torch.Generator], dict[str, torch.Tensor]]] = {
     "input_ids": _random_ids,
     "pixel_values": _random_images,
+    "input_values": _random_waves,
 }
 
 
@@ -174,10 +180,21 @@ def run_model(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
             found[key] = value
     rows = (*ROW_OUTPUTS, "logits") if name.endswith(ROW_HEADS) else ROW_OUTPUTS
     return {
-        key: (value if key in rows or batch.mask is None else value[batch.mask.bool()]).to(torch.float64)
+        key: (value if key in rows or batch.mask is None else value[_real(model, batch.mask, value.shape[1])]).double()
         for key, value in found.items()
         if value.is_floating_point()
     }
+
+
+def _real(model: PreTrainedModel, mask: torch.Tensor, length: int) -> torch.Tensor:
+    """Which of an output's (B, `length`) tokens come from real inputs only; of sound, `mask` is over samples."""
+    if mask.shape[1] == length:
+        return mask.bool()
+    samples = torch.tensor(mask.shape[1])
+    frames = model._get_feat_extract_output_lengths(samples, add_adapter=False)  # type: ignore[operator]
+    return model._get_feature_vector_attention_mask(  # type: ignore[operator]
+        length, mask, add_adapter=bool(frames != length)
+    )
 
 
 @torch.no_grad()

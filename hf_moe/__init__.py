@@ -21,12 +21,26 @@ from hf_moe.modeling.modeling_roberta_moe import *
 from hf_moe.modeling.modeling_roberta_moe import __all__ as _roberta
 from hf_moe.modeling.modeling_vit_moe import *
 from hf_moe.modeling.modeling_vit_moe import __all__ as _vit
+from hf_moe.modeling.modeling_wav2vec2_moe import *
+from hf_moe.modeling.modeling_wav2vec2_moe import __all__ as _wav2vec2
 from hf_moe.modeling.modeling_xlm_roberta_moe import *
 from hf_moe.modeling.modeling_xlm_roberta_moe import __all__ as _xlm_roberta
 from hf_moe.version import __version__
 
 __all__ = ["__version__", "upcycle"]
-__all__ += [*_bert, *_dinov2, *_electra, *_gpt2, *_llama, *_mistral, *_qwen3, *_roberta, *_vit, *_xlm_roberta]
+__all__ += [
+    *_bert,
+    *_dinov2,
+    *_electra,
+    *_gpt2,
+    *_llama,
+    *_mistral,
+    *_qwen3,
+    *_roberta,
+    *_vit,
+    *_wav2vec2,
+    *_xlm_roberta,
+]
 
 register_all()
 MoePreTrainedModelMixin.from_dense = classmethod(from_dense)

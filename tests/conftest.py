@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers run side by side
 
 import pytest
 import torch
-from transformers import BertTokenizer, GPT2Tokenizer, XLMRobertaTokenizer
+from transformers import BertTokenizer, GPT2Tokenizer, Wav2Vec2CTCTokenizer, XLMRobertaTokenizer
 from transformers.utils import logging
 
 import hf_moe
@@ -91,6 +91,10 @@ def save_tokenizer(family: str, folder) -> None:
     elif TESTED[family].tokenizer == "unigram":
         pieces = ["<s>", "<pad>", "</s>", "<unk>", *(f"▁{word}" for word in WORDS if "#" not in word), "<mask>"]
         XLMRobertaTokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)]).save_pretrained(folder)
+    elif TESTED[family].tokenizer == "ctc":
+        letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz"]
+        (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+        Wav2Vec2CTCTokenizer(str(folder / "vocab.json")).save_pretrained(folder)
     else:
         letters = ["<s>", "</s>", "<pad>", *"abcdefghijklmnopqrstuvwxyzĠ.,"]
         GPT2Tokenizer(
@@ -158,17 +162,29 @@ def _images(config, rows, length, generator):
     return {"pixel_values": torch.randn(shape, generator=generator)}
 
 
-BATCHES = {"input_ids": _ids, "pixel_values": _images}
+def _waves(config, rows, length, generator):
+    waves = torch.randn((rows, 20 * length), generator=generator)
+    return {"input_values": waves, "attention_mask": torch.ones(waves.shape, dtype=torch.long)}
+
+
+BATCHES = {"input_ids": _ids, "pixel_values": _images, "input_values": _waves}
 
 
 def _patches(config) -> int:
     return (config.image_size // config.patch_size) ** 2
 
 
+def _frames(config, samples: int) -> int:
+    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        samples = (samples - kernel) // stride + 1
+    return samples
+
+
 # How many tokens a row makes, of so many ids or samples.
 TOKENS = {
     "input_ids": lambda config, length: length,
     "pixel_values": lambda config, length: _patches(config) + 1,
+    "input_values": _frames,
 }
 
 
@@ -217,9 +233,30 @@ def _masked_patches(family, inputs):
     return {"bool_masked_pos": torch.arange(2 * patches).reshape(2, patches) % 2 == 0}
 
 
+def _characters(family, inputs):
+    return {"labels": torch.tensor([[5, 6, 6, 7], [8, 9, -100, -100]])}
+
+
+def _classes_of_frames(family, inputs):
+    return {
+        "labels": torch.nn.functional.one_hot(torch.arange(real_tokens(family, inputs).numel()) % 2).view(2, -1, 2)
+    }
+
+
+def _pretraining(family, inputs):
+    if "input_ids" in inputs:
+        return {**_token_labels(family, inputs), "next_sentence_label": torch.tensor([1, 0])}
+    real = real_tokens(family, inputs)
+    masked = real & (torch.arange(real.shape[1]) % 2 == 0)
+    others = torch.arange(real.numel() * 3).view(*real.shape, 3) * 7 % real.sum(1).min()
+    return {"mask_time_indices": masked, "sampled_negative_indices": others}
+
+
 # End of a head's name -> what it wants; the first that fits.
 LABELS = {
-    "ForPreTraining": lambda *a: {**_token_labels(*a), "next_sentence_label": torch.tensor([1, 0])},
+    "ForPreTraining": _pretraining,
+    "ForCTC": _characters,
+    "ForAudioFrameClassification": _classes_of_frames,
     "ForQuestionAnswering": lambda *a: {
         "start_positions": torch.tensor([1, 0]),
         "end_positions": torch.tensor([2, 1]),
@@ -228,7 +265,13 @@ LABELS = {
     "ForMaskedImageModeling": _masked_patches,
     **dict.fromkeys(["LMHeadModel", "ForMaskedLM", "ForCausalLM", "DoubleHeadsModel"], _token_labels),
     **dict.fromkeys(
-        ["ForSequenceClassification", "ForNextSentencePrediction", "ForMultipleChoice", "ForImageClassification"],
+        [
+            "ForSequenceClassification",
+            "ForNextSentencePrediction",
+            "ForMultipleChoice",
+            "ForImageClassification",
+            "ForXVector",
+        ],
         _row_labels,
     ),
 }

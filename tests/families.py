@@ -15,6 +15,7 @@ from transformers import (
     Qwen3Config,
     RobertaConfig,
     ViTConfig,
+    Wav2Vec2Config,
     XLMRobertaConfig,
 )
 
@@ -26,11 +27,12 @@ class TestedFamily:
     lm: the Auto class of its language model, or of another head with logits; most tests use it.
     attention: modules that LoRA is put on.
     attention_weight: a weight of the attention, relative to a layer.
-    tokenizer: "wordpiece", "unigram" or "bpe"; None where it reads no text.
+    tokenizer: "wordpiece", "unigram", "bpe" or "ctc"; None where it reads no text.
     preprocessor: its preprocessor_config.json.
     forms: other configurations that Transformers builds differently, each converted too.
     left_out: classes of Transformers that have no mixture -> why.
-    cannot: what can't hold for the family -> why: "compile" (in one graph), or a head that is random in training.
+    cannot: what can't hold for the family -> why: "one graph" (compiled), or a head without dropout that trains the
+        same twice.
     """
 
     __test__ = False  # for pytest, which collects classes named Test…
@@ -69,6 +71,16 @@ def decoder(config_class: type[PretrainedConfig], **fixed) -> Callable[..., Pret
 def vision(config_class: type[PretrainedConfig], **fixed) -> Callable[..., PretrainedConfig]:
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
     return lambda **kwargs: config_class(**{**sizes, **fixed, **kwargs})
+
+
+def sound(config_class: type[PretrainedConfig], **fixed) -> Callable[..., PretrainedConfig]:
+    """Of the form whose padding changes nothing: norms over channels, not over time. Nothing random but dropout."""
+    convolutions = {"conv_dim": (16, 16), "conv_kernel": (8, 4), "conv_stride": (4, 2), "feat_extract_norm": "layer"}
+    positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "do_stable_layer_norm": True}
+    codes = {"num_codevectors_per_group": 8, "codevector_dim": 16, "proj_codevector_dim": 16, "num_negatives": 3}
+    windows = {"tdnn_dim": (16, 16), "tdnn_kernel": (3, 2), "tdnn_dilation": (2, 1), "xvector_output_dim": 16}
+    still = {"apply_spec_augment": False, "layerdrop": 0.0, "attention_dropout": 0.0, "classifier_proj_size": 16}
+    return encoder(config_class, **convolutions, **positions, **codes, **windows, **still, **fixed)
 
 
 IMAGES = {
@@ -142,6 +154,23 @@ TESTED: dict[str, TestedFamily] = {
         attention=("q_proj", "v_proj"),
         attention_weight="attention.o_proj.weight",
         preprocessor={"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 16}, **IMAGES},
+    ),
+    "wav2vec2": TestedFamily(
+        tiny=sound(Wav2Vec2Config),
+        lm="AutoModelForCTC",
+        attention=("q_proj", "v_proj"),
+        attention_weight="attention.out_proj.weight",
+        tokenizer="ctc",
+        preprocessor={"feature_extractor_type": "Wav2Vec2FeatureExtractor", "return_attention_mask": True},
+        forms=(
+            {"do_stable_layer_norm": False, "feat_extract_norm": "group"},
+            {"add_adapter": True, "num_adapter_layers": 2},
+            {"adapter_attn_dim": 8},
+        ),
+        cannot={
+            "one graph": "its dense CTC head branches on the labels' values",
+            "Wav2Vec2MoeForPreTraining": "draws its codes with Gumbel noise",
+        },
     ),
     "vit": TestedFamily(
         tiny=vision(ViTConfig, intermediate_size=64, encoder_stride=8),

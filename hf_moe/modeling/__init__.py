@@ -16,6 +16,7 @@ from .configuration_moe import MoeConfigMixin
 from .configuration_qwen3_moe import Qwen3MoeConfig
 from .configuration_roberta_moe import RobertaMoeConfig
 from .configuration_vit_moe import ViTMoeConfig
+from .configuration_wav2vec2_moe import Wav2Vec2MoeConfig
 from .configuration_xlm_roberta_moe import XLMRobertaMoeConfig
 
 _ALL = (
@@ -28,6 +29,7 @@ _ALL = (
     Qwen3MoeConfig,
     RobertaMoeConfig,
     ViTMoeConfig,
+    Wav2Vec2MoeConfig,
     XLMRobertaMoeConfig,
 )
 

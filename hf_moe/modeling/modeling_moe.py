@@ -240,6 +240,9 @@ class MoePreTrainedModelMixin(_Base):
     # The loss is normalised by `num_items_in_batch` in every head, which the dense heads do only in part.
     accepts_loss_kwargs = True
 
+    # Whether the head's loss is a sum over the batch, whose parts need no weights.
+    _loss_is_a_sum = False
+
     # Set by the hf_moe package: conversion does not travel with a checkpoint.
     from_dense: ClassVar[Any]
 
@@ -303,20 +306,24 @@ class MoePreTrainedModelMixin(_Base):
     def _total_loss(self, outputs: dict, inputs: dict, num_items_in_batch) -> torch.Tensor:
         """The task's mean loss, plus the weighted auxiliary losses while training, as a share of the whole batch."""
         loss = outputs["loss"]
+        auxiliary = torch.zeros_like(loss)
         if self.training:
-            loss = loss + self.config.router_aux_loss_coef * outputs["aux_loss"].to(loss.device)
-            loss = loss + self.config.router_z_loss_coef * outputs["z_loss"].to(loss.device)
+            auxiliary = auxiliary + self.config.router_aux_loss_coef * outputs["aux_loss"].to(loss.device)
+            auxiliary = auxiliary + self.config.router_z_loss_coef * outputs["z_loss"].to(loss.device)
         shifted = inputs.get("shift_labels")
         labels = inputs.get("labels") if shifted is None else shifted
         if num_items_in_batch is None or labels is None:
-            return loss
+            return loss + auxiliary
         if shifted is None and LOSS_MAPPING.get(self.loss_type) is ForCausalLMLoss:
             labels = labels[..., 1:]
         num_labels = labels.ne(-100).sum().to(loss.device)  # as Trainer counts `num_items_in_batch`
         if isinstance(num_items_in_batch, torch.Tensor):
             num_items_in_batch = num_items_in_batch.to(loss.device)
-        # a batch whose labels are all ignored has a mean of 0/0: it counts nothing
-        return torch.where(num_labels > 0, loss, 0.0) * (num_labels / num_items_in_batch)
+        share = num_labels / num_items_in_batch
+        if not self._loss_is_a_sum:
+            # a batch whose labels are all ignored has a mean of 0/0: it counts nothing
+            loss = torch.where(num_labels > 0, loss, 0.0) * share
+        return loss + auxiliary * share
 
 
 @dataclass

@@ -241,6 +241,21 @@ def test_another_dense_model_of_the_same_shape_does_not_pass(dense_folder, tmp_p
     assert not certificate["moe"]["made_from_this_dense"]
 
 
+@pytest.mark.parametrize("form", TESTED["wav2vec2"].forms, ids=str)
+def test_only_real_frames_are_compared(form, dense_folder):
+    checkpoint = open_checkpoint(dense_folder("wav2vec2", **form))
+    model = module.load_model(dense_classes("wav2vec2")["Wav2Vec2ForCTC"], checkpoint, "float32")
+    [one], _ = module.make_batches(checkpoint, model.config, "input_values")
+    assert one.is_padded
+    outputs = module.run_model(model, one)
+    alone = [
+        model(values[: int(mask.sum())][None], output_hidden_states=True)
+        for values, mask in zip(one.inputs["input_values"], one.mask, strict=True)
+    ]
+    assert len(outputs["logits"]) == sum(output.logits.shape[1] for output in alone)
+    assert len(outputs["hidden_states.2"]) == sum(output.hidden_states[2].shape[1] for output in alone)
+
+
 def test_progress_is_told(dense_folder, tmp_path):
     class Recorder(conversion.Progress):
         def __init__(self):

@@ -81,6 +81,24 @@ def test_old_names_of_norms_and_buffers(dense_folder, tmp_path):
     assert not any(name.endswith(("gamma", "beta")) for name in load_file(made.path / "model.safetensors"))
 
 
+def test_wav2vec2_as_it_lies_on_the_hub(dense_folder, tmp_path):
+    """Its weight norm under the old names; no vector for SpecAugment, which only training uses."""
+    folder = copied(dense_folder("wav2vec2"), tmp_path / "dense")
+    old = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+
+    def age(name):
+        if not name.endswith("masked_spec_embed"):
+            yield next((name.replace(new, before) for new, before in old.items() if new in name), name)
+
+    rewrite(folder, age)
+    made = upcycled(folder, tmp_path)
+    assert made.certificate["passed"]
+    names = load_file(made.path / "model.safetensors").keys()
+    assert not any(name.endswith(("weight_g", "masked_spec_embed")) for name in names)
+    _, info = hf_moe.Wav2Vec2MoeForCTC.from_pretrained(made.path, output_loading_info=True)
+    assert info["missing_keys"] == {"wav2vec2.masked_spec_embed"}
+
+
 def test_gpt2_as_it_lies_on_the_hub(dense_folder, tmp_path):
     """No prefix, although the class has a head; causal masks among the weights."""
     folder = copied(dense_folder("gpt2"), tmp_path / "dense")

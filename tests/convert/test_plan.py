@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import hf_moe
 from hf_moe.convert import FAMILIES as TABLES
 from hf_moe.convert import open_checkpoint, plan_upcycle
-from hf_moe.convert.classes import moe_classes
+from hf_moe.convert.classes import find_family, moe_classes
 from hf_moe.convert.experts import copy_expert
 from hf_moe.convert.routers import calibrated_normal
 from hf_moe.errors import SourceError, UsageError
@@ -75,9 +75,10 @@ def test_every_head_is_converted_exactly(family, name, dense_folder, tmp_path):
     assert certificate["inputs"]["padding"] == ("attention_mask" in batch(family))
 
 
-@pytest.mark.parametrize(
-    ("family", "form"), [(family, form) for family in FAMILIES for form in TESTED[family].forms], ids=str
-)
+FORMS = [(family, form) for family in FAMILIES for form in TESTED[family].forms]
+
+
+@pytest.mark.parametrize(("family", "form"), FORMS, ids=str)
 def test_other_forms_are_converted_exactly(family, form, dense_folder, tmp_path):
     assert hf_moe.upcycle(dense_folder(family, **form), tmp_path / "moe", num_experts=4).certificate["passed"]
 
@@ -151,6 +152,19 @@ def test_notes_warn_of_what_training_will_meet(dense_folder):
     checkpoint = open_checkpoint(dense_folder("bert"))
     notes = plan_upcycle(checkpoint, UpcycleRecipe(base_model="x", num_experts_per_tok=1)).notes
     assert any("top-k 1" in note for note in notes)
+
+
+@pytest.mark.parametrize(("family", "form"), [*((family, {}) for family in FAMILIES), *FORMS], ids=str)
+def test_the_norm_by_which_routers_are_calibrated_makes_their_inputs(family, form, dense_folder):
+    checkpoint = open_checkpoint(dense_folder(family, **form))
+    table = find_family(checkpoint)
+    model = getattr(transformers, TESTED[family].lm).from_pretrained(checkpoint.path)
+    layer = model.base_model.get_submodule(table.layer.format(layer=1))
+    seen = {}
+    layer.get_submodule(table.norm).register_forward_hook(lambda module, args, output: seen.update(norm=output))
+    layer.get_submodule(table.up).register_forward_pre_hook(lambda module, args: seen.update(up=args[0]))
+    model(**batch(family))
+    assert torch.equal(seen["up"], seen["norm"])
 
 
 @settings(max_examples=25, deadline=None)

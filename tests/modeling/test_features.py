@@ -3,6 +3,7 @@
 import copy
 import logging
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -91,6 +92,16 @@ def test_gradient_checkpointing_changes_no_gradient(family):
     expected = gradients(model, lm_inputs(family))
     model.gradient_checkpointing_enable()
     assert_same(gradients(model, lm_inputs(family)), expected)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_dropped_layers_route_nothing(share):
+    model = tiny_moe("wav2vec2", layerdrop=share, apply_spec_augment=True, mask_time_length=2).train()
+    torch.manual_seed(1)
+    outputs = model(**lm_inputs("wav2vec2"), output_router_logits=True)
+    assert len(outputs.router_logits) < 2
+    assert (outputs.aux_loss > 0) == (len(outputs.router_logits) > 0)
+    outputs.loss.backward()
 
 
 def test_reentrant_checkpointing_is_warned_of(caplog, monkeypatch):
@@ -251,13 +262,13 @@ def test_untied_embeddings_stay_untied(family, tmp_path):
     assert_same_model(family, type(model).from_pretrained(tmp_path), model)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if "compile" not in TESTED[family].cannot])
+@every_family
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_compile_in_one_graph(family, implementation):
     model = without_dropout(tiny_moe(family)).train()
     model.set_experts_implementation(implementation)
     expected = gradients(copy.deepcopy(model), lm_inputs(family))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph="one graph" not in TESTED[family].cannot, backend="aot_eager")
     compiled.zero_grad()
     loss = compiled(**lm_inputs(family)).loss
     loss.backward()
@@ -339,6 +350,10 @@ PIPELINES = {
     "AutoModelForCausalLM": (
         "text-generation",
         lambda pipe: pipe("abc", max_new_tokens=3)[0]["generated_text"].startswith("abc"),
+    ),
+    "AutoModelForCTC": (
+        "automatic-speech-recognition",
+        lambda pipe: isinstance(pipe(numpy.sin(numpy.arange(400.0)))["text"], str),
     ),
     "AutoModelForImageClassification": (
         "image-classification",
