@@ -11,12 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 from .checkpoint import Checkpoint, read_json
+from .classes import body_of
 from .compare import (
     Batch,
     capture_feed_forward,
     compare_outputs,
     difference_of,
     generate_greedily,
+    load_dense,
     load_model,
     make_batches,
     run_model,
@@ -80,7 +82,7 @@ def certify(
     exact: dict[str, Any] = {}
     for dtype in ("float64", "float32"):
         progress(f"comparing in {dtype}")
-        dense_model = load_model(plan.dense_class, dense, dtype)
+        dense_model = load_dense(plan.dense_class, plan.family, dense, dtype)
         moe_model = load_model(plan.moe_class, moe, dtype)
         if not batches:
             batches, text_note = make_batches(dense, dense_model.config, plan.family.inputs, texts, seed)
@@ -210,7 +212,7 @@ def bisect(
         entry: dict[str, Any] = {"layer": index, "hidden_state": difference[judged]}
         if index in moe.config.moe_layer_indices:
             x, y = captured[index]
-            block = moe.base_model.get_submodule(f"{family.layer.format(layer=index)}.{family.block}")
+            block = body_of(family, moe).get_submodule(f"{family.layer.format(layer=index)}.{family.block}")
             entry["feed_forward"] = difference_of(y.double(), block(x).double())[judged]
         layers.append(entry)
     return {"summary": _summary(layers, limit), "layers": layers}

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_moe.errors import SourceError
@@ -67,15 +68,15 @@ def moe_classes(family: Family) -> dict[str, type[PreTrainedModel]]:
 
 
 def find_classes(checkpoint: Checkpoint, family: Family) -> tuple[type[PreTrainedModel], type[PreTrainedModel]]:
-    """The dense class that a checkpoint names (its body, if it names none), and the mixture's."""
+    """The dense class that a checkpoint names, and the mixture's; the bodies, if it names none or has a decoder."""
     known = moe_classes(family)
     architectures = checkpoint.config.get("architectures") or [body_name(family)]
-    if not isinstance(architectures, list) or architectures[0] not in known:
+    if not isinstance(architectures, list) or architectures[0] not in {*known, *family.encoder_of}:
         raise SourceError(
             f"{checkpoint.path}: config.json names the class {architectures!r}; known for {family.model_type} are "
-            f"{', '.join(sorted(known))}."
+            f"{', '.join(sorted([*known, *family.encoder_of]))}."
         )
-    moe_class = known[architectures[0]]
+    moe_class = known.get(architectures[0]) or known[body_name(family)]
     return dense_class_of(moe_class), moe_class
 
 
@@ -85,8 +86,18 @@ def body_name(family: Family) -> str:
     return next(name for name, cls in moe_classes(family).items() if cls.__name__ == moe_name)
 
 
-def body_prefix(dense_class: type[PreTrainedModel], names: Iterable[str]) -> str:
+def name_of_body(family: Family, dense_class: type[PreTrainedModel]) -> str:
+    """What heads call their body."""
+    return family.body or dense_class.base_model_prefix
+
+
+def body_prefix(family: Family, dense_class: type[PreTrainedModel], names: Iterable[str]) -> str:
     """What stands before the body's tensors among the `names` of a class's: nothing where the class is the body
     itself, or has the body's parts for its own, as backbones do."""
-    prefix = f"{dense_class.base_model_prefix}."
+    prefix = f"{name_of_body(family, dense_class)}."
     return prefix if any(name.startswith(prefix) for name in names) else ""
+
+
+def body_of(family: Family, model: PreTrainedModel) -> torch.nn.Module:
+    """The body of a dense model or a mixture."""
+    return getattr(model, name_of_body(family, type(model)), model)

@@ -8,12 +8,14 @@ from importlib.resources import files
 from typing import Any
 
 import torch
+import transformers
 from torch.nn import functional
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from hf_moe.errors import SourceError
 
 from .checkpoint import Checkpoint
+from .classes import body_of
 from .families import Family
 from .quiet import quiet
 
@@ -124,11 +126,17 @@ def _random_waves(config, generator: torch.Generator) -> dict[str, torch.Tensor]
     return {"input_values": torch.randn(mask.shape, generator=generator) * mask, "attention_mask": mask}
 
 
+def _random_features(config, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    shape = (RANDOM_ROWS, config.num_mel_bins, 2 * config.max_source_positions)
+    return {"input_features": torch.randn(shape, generator=generator)}
+
+
 # What models read: main input -> random inputs for a configuration, with a mask where they can be padded.
 INPUTS: dict[str, Callable[[Any, torch.Generator], dict[str, torch.Tensor]]] = {
     "input_ids": _random_ids,
     "pixel_values": _random_images,
     "input_values": _random_waves,
+    "input_features": _random_features,
 }
 
 
@@ -152,6 +160,16 @@ def load_model(model_class: type[PreTrainedModel], checkpoint: Checkpoint, dtype
     if getattr(model.config, "pad_token_id", 0) is None:
         model.config.pad_token_id = 0  # some heads refuse a batch without one; the mask is what hides padding
     return model.eval()
+
+
+def load_dense(
+    model_class: type[PreTrainedModel], family: Family, checkpoint: Checkpoint, dtype: str
+) -> PreTrainedModel:
+    """`load_model` of a dense checkpoint; one with a decoder is loaded whole, and its encoder taken."""
+    named = (checkpoint.config.get("architectures") or [""])[0]
+    if named not in family.encoder_of:
+        return load_model(model_class, checkpoint, dtype)
+    return load_model(getattr(transformers, named), checkpoint, dtype).get_encoder()
 
 
 @torch.no_grad()
@@ -277,7 +295,7 @@ def _hooked(dense: PreTrainedModel, family: Family, seen: dict[str, torch.Tensor
     """Keeps what goes in and out of every layer's feed-forward network, as `N.in` and `N.out`."""
     handles = []
     for index in range(dense.config.num_hidden_layers):
-        layer = dense.base_model.get_submodule(family.layer.format(layer=index))
+        layer = body_of(family, dense).get_submodule(family.layer.format(layer=index))
 
         def keep_in(module, args, index=index):
             seen[f"{index}.in"] = args[0]

@@ -10,7 +10,8 @@ from .checkpoint import Checkpoint
 from .families import FAMILIES
 from .plan import Plan
 
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers")  # by the names of BERT, GPT-2, DistilBERT
+# by the names of BERT, GPT-2, DistilBERT, Whisper
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "encoder_layers")
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

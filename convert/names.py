@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hf_moe.errors import HfMoeError, SourceError
 
 from .checkpoint import Checkpoint
-from .classes import dense_class_of, moe_classes
+from .classes import dense_class_of, moe_classes, name_of_body
 from .families import Family
 from .headers import FLOATS, TensorInfo
 from .quiet import quiet
@@ -26,8 +26,9 @@ def match_names(checkpoint: Checkpoint, family: Family, dense_class, dense_confi
     dropped: dict[str, str] = {}
     problems: list[HfMoeError] = []
     left_over: list[str] = []
+    body = name_of_body(family, dense_class)
     for source in checkpoint.tensors:
-        name = _current_name(source, family, dense_class.base_model_prefix, expected)
+        name = _current_name(source, family, body, expected)
         if name in names:
             problems.append(SourceError(f"{checkpoint.path}: {names[name]!r} and {source!r} are the same tensor."))
         elif name in expected:
@@ -41,7 +42,7 @@ def match_names(checkpoint: Checkpoint, family: Family, dense_class, dense_confi
     left_over = [source for source in left_over if source not in dropped]
     elsewhere = _tensors_of_other_heads(family, dense_config) if left_over else {}
     for source in left_over:
-        name = _current_name(source, family, dense_class.base_model_prefix, elsewhere)
+        name = _current_name(source, family, body, elsewhere)
         if name in elsewhere:
             names[name] = source  # another head's: carried along, as the dense checkpoint carries it
             expected[name] = elsewhere[name]

@@ -192,7 +192,7 @@ def _made(
 
 def _tensors(checkpoint, family: Family, dense_class, recipe, layers, names) -> list[TensorPlan]:
     """Every source tensor copied, but the chosen layers' projections, which become experts and a router."""
-    body = body_prefix(dense_class, names)
+    body = body_prefix(family, dense_class, names)
     replaced: dict[str, list[TensorPlan]] = {}
     for layer in layers:
         prefix = body + family.layer.format(layer=layer)

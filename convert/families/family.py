@@ -21,6 +21,8 @@ class Family:
         block: name that the mixture has in its layer.
         transposed: whether the projections store (in, out), as GPT-2's Conv1D does.
         inputs: the dense model's main input, a key of `compare.INPUTS`.
+        body: the body's name in heads, where it is not the dense classes' `base_model_prefix`.
+        encoder_of: dense classes with a decoder behind the body, which is left behind.
         renamed: regular expressions in old checkpoints' tensor names -> what they are today; tried in this order.
         dropped: regular expressions of tensors that are not carried over -> why.
         optional: regular expressions of tensors that a source may lack, and its mixture then lacks too: only training
@@ -39,6 +41,8 @@ class Family:
     block: str = "mlp"
     transposed: bool = False
     inputs: str = "input_ids"
+    body: str | None = None
+    encoder_of: tuple[str, ...] = ()
     renamed: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
