@@ -23,6 +23,8 @@ from hf_moe.modeling.modeling_vit_moe import *
 from hf_moe.modeling.modeling_vit_moe import __all__ as _vit
 from hf_moe.modeling.modeling_wav2vec2_moe import *
 from hf_moe.modeling.modeling_wav2vec2_moe import __all__ as _wav2vec2
+from hf_moe.modeling.modeling_whisper_moe import *
+from hf_moe.modeling.modeling_whisper_moe import __all__ as _whisper
 from hf_moe.modeling.modeling_xlm_roberta_moe import *
 from hf_moe.modeling.modeling_xlm_roberta_moe import __all__ as _xlm_roberta
 from hf_moe.version import __version__
@@ -39,6 +41,7 @@ __all__ += [
     *_roberta,
     *_vit,
     *_wav2vec2,
+    *_whisper,
     *_xlm_roberta,
 ]
 

@@ -167,7 +167,12 @@ def _waves(config, rows, length, generator):
     return {"input_values": waves, "attention_mask": torch.ones(waves.shape, dtype=torch.long)}
 
 
-BATCHES = {"input_ids": _ids, "pixel_values": _images, "input_values": _waves}
+def _features(config, rows, length, generator):
+    shape = (rows, config.num_mel_bins, 2 * config.max_source_positions)
+    return {"input_features": torch.randn(shape, generator=generator)}
+
+
+BATCHES = {"input_ids": _ids, "pixel_values": _images, "input_values": _waves, "input_features": _features}
 
 
 def _patches(config) -> int:
@@ -185,6 +190,7 @@ TOKENS = {
     "input_ids": lambda config, length: length,
     "pixel_values": lambda config, length: _patches(config) + 1,
     "input_values": _frames,
+    "input_features": lambda config, length: config.max_source_positions,
 }
 
 
@@ -270,6 +276,7 @@ LABELS = {
             "ForNextSentencePrediction",
             "ForMultipleChoice",
             "ForImageClassification",
+            "ForAudioClassification",
             "ForXVector",
         ],
         _row_labels,

@@ -16,6 +16,7 @@ from transformers import (
     RobertaConfig,
     ViTConfig,
     Wav2Vec2Config,
+    WhisperConfig,
     XLMRobertaConfig,
 )
 
@@ -81,6 +82,14 @@ def sound(config_class: type[PretrainedConfig], **fixed) -> Callable[..., Pretra
     windows = {"tdnn_dim": (16, 16), "tdnn_kernel": (3, 2), "tdnn_dilation": (2, 1), "xvector_output_dim": 16}
     still = {"apply_spec_augment": False, "layerdrop": 0.0, "attention_dropout": 0.0, "classifier_proj_size": 16}
     return encoder(config_class, **convolutions, **positions, **codes, **windows, **still, **fixed)
+
+
+def spectrum(config_class: type[PretrainedConfig], **fixed) -> Callable[..., PretrainedConfig]:
+    sizes = {"d_model": 32, "encoder_layers": 3, "encoder_attention_heads": 4, "encoder_ffn_dim": 64}
+    sizes |= {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "max_target_positions": 16}
+    sizes |= {"num_mel_bins": 8, "max_source_positions": 50, "vocab_size": 64, "classifier_proj_size": 16}
+    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    return lambda **kwargs: config_class(**{**sizes, "begin_suppress_tokens": None, **fixed, **kwargs})
 
 
 IMAGES = {
@@ -170,6 +179,18 @@ TESTED: dict[str, TestedFamily] = {
         cannot={
             "one graph": "its dense CTC head branches on the labels' values",
             "Wav2Vec2MoeForPreTraining": "draws its codes with Gumbel noise",
+        },
+    ),
+    "whisper": TestedFamily(
+        tiny=spectrum(WhisperConfig),
+        lm="AutoModelForAudioClassification",
+        attention=("q_proj", "v_proj"),
+        attention_weight="self_attn.out_proj.weight",
+        preprocessor={"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 8, "chunk_length": 1},
+        forms=({"use_weighted_layer_sum": True},),
+        left_out={
+            "WhisperForConditionalGeneration": "it is the encoder with a decoder",
+            "WhisperForCausalLM": "it is the decoder",
         },
     ),
     "vit": TestedFamily(

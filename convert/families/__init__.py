@@ -11,9 +11,10 @@ from .qwen3 import QWEN3
 from .roberta import ROBERTA
 from .vit import VIT
 from .wav2vec2 import WAV2VEC2
+from .whisper import WHISPER
 from .xlm_roberta import XLM_ROBERTA
 
-_ALL = (BERT, DINOV2, ELECTRA, GPT2, LLAMA, MISTRAL, QWEN3, ROBERTA, VIT, WAV2VEC2, XLM_ROBERTA)
+_ALL = (BERT, DINOV2, ELECTRA, GPT2, LLAMA, MISTRAL, QWEN3, ROBERTA, VIT, WAV2VEC2, WHISPER, XLM_ROBERTA)
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

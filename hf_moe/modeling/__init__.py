@@ -17,6 +17,7 @@ from .configuration_qwen3_moe import Qwen3MoeConfig
 from .configuration_roberta_moe import RobertaMoeConfig
 from .configuration_vit_moe import ViTMoeConfig
 from .configuration_wav2vec2_moe import Wav2Vec2MoeConfig
+from .configuration_whisper_moe import WhisperMoeConfig
 from .configuration_xlm_roberta_moe import XLMRobertaMoeConfig
 
 _ALL = (
@@ -30,6 +31,7 @@ _ALL = (
     RobertaMoeConfig,
     ViTMoeConfig,
     Wav2Vec2MoeConfig,
+    WhisperMoeConfig,
     XLMRobertaMoeConfig,
 )
 

@@ -13,7 +13,7 @@ import hf_moe
 from hf_moe.convert import certificate as module
 from hf_moe.convert import certify, conversion, open_checkpoint
 from hf_moe.convert.families import FAMILIES as TABLES
-from hf_moe.errors import CertificateError
+from hf_moe.errors import CertificateError, SourceError
 from tests.conftest import FAMILIES, TEXT_FAMILIES, block_name, dense_classes
 from tests.families import TESTED
 
@@ -254,6 +254,14 @@ def test_only_real_frames_are_compared(form, dense_folder):
     ]
     assert len(outputs["logits"]) == sum(output.logits.shape[1] for output in alone)
     assert len(outputs["hidden_states.2"]) == sum(output.hidden_states[2].shape[1] for output in alone)
+
+
+def test_a_configuration_that_leads_to_no_inputs(dense_folder, tmp_path):
+    dense = Path(shutil.copytree(dense_folder("wav2vec2"), tmp_path / "dense"))
+    values = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps({**values, "conv_stride": [10**9, 10**9]}))
+    with pytest.raises(SourceError, match="describes no input_values that can be made"):
+        hf_moe.upcycle(dense, tmp_path / "moe")
 
 
 def test_progress_is_told(dense_folder, tmp_path):

@@ -6,13 +6,16 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import hf_moe
+from hf_moe.convert import FAMILIES as TABLES
 from hf_moe.convert import open_checkpoint, plan_upcycle
 from hf_moe.recipe import UpcycleRecipe
 from tests.conftest import batch
+from tests.families import TESTED
 
 
 def copied(folder, to):
@@ -97,6 +100,24 @@ def test_wav2vec2_as_it_lies_on_the_hub(dense_folder, tmp_path):
     assert not any(name.endswith(("weight_g", "masked_spec_embed")) for name in names)
     _, info = hf_moe.Wav2Vec2MoeForCTC.from_pretrained(made.path, output_loading_info=True)
     assert info["missing_keys"] == {"wav2vec2.masked_spec_embed"}
+
+
+@pytest.mark.parametrize("name", TABLES["whisper"].encoder_of)
+def test_whisper_leaves_its_decoder_behind(name, tmp_path):
+    torch.manual_seed(0)
+    whole = getattr(transformers, name)(TESTED["whisper"].tiny(encoder_layers=1, decoder_layers=2))
+    whole.save_pretrained(tmp_path / "dense")
+    made = upcycled(tmp_path / "dense", tmp_path)
+    assert made.certificate["passed"]
+    assert made.certificate["dense"]["class"] == "WhisperEncoder"
+    assert all("decoder." in dropped for dropped in made.plan.dropped)
+    inputs = batch("whisper")
+    encoder = hf_moe.WhisperMoeEncoder.from_pretrained(made.path)
+    expected = whole.get_encoder().eval()(**inputs).last_hidden_state
+    torch.testing.assert_close(encoder(**inputs).last_hidden_state, expected)
+    head = hf_moe.WhisperMoeForAudioClassification.from_dense(tmp_path / "dense", num_experts=4, num_labels=3)
+    assert head(**inputs).logits.shape == (2, 3)
+    torch.testing.assert_close(head.encoder.eval()(**inputs).last_hidden_state, expected)
 
 
 def test_gpt2_as_it_lies_on_the_hub(dense_folder, tmp_path):

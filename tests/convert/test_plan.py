@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import hf_moe
 from hf_moe.convert import FAMILIES as TABLES
 from hf_moe.convert import open_checkpoint, plan_upcycle
-from hf_moe.convert.classes import find_family, moe_classes
+from hf_moe.convert.classes import body_of, find_family, moe_classes
 from hf_moe.convert.experts import copy_expert
 from hf_moe.convert.routers import calibrated_normal
 from hf_moe.errors import SourceError, UsageError
@@ -159,7 +159,7 @@ def test_the_norm_by_which_routers_are_calibrated_makes_their_inputs(family, for
     checkpoint = open_checkpoint(dense_folder(family, **form))
     table = find_family(checkpoint)
     model = getattr(transformers, TESTED[family].lm).from_pretrained(checkpoint.path)
-    layer = model.base_model.get_submodule(table.layer.format(layer=1))
+    layer = body_of(table, model).get_submodule(table.layer.format(layer=1))
     seen = {}
     layer.get_submodule(table.norm).register_forward_hook(lambda module, args, output: seen.update(norm=output))
     layer.get_submodule(table.up).register_forward_pre_hook(lambda module, args: seen.update(up=args[0]))

@@ -355,6 +355,10 @@ PIPELINES = {
         "automatic-speech-recognition",
         lambda pipe: isinstance(pipe(numpy.sin(numpy.arange(400.0)))["text"], str),
     ),
+    "AutoModelForAudioClassification": (
+        "audio-classification",
+        lambda pipe: {a["label"] for a in pipe(numpy.sin(numpy.arange(400.0)))} == {"LABEL_0", "LABEL_1"},
+    ),
     "AutoModelForImageClassification": (
         "image-classification",
         lambda pipe: {a["label"] for a in pipe(Image.new("RGB", (24, 20), "red"))} == {"LABEL_0", "LABEL_1"},

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Dinov2Model
 
 from hf_moe.convert import FAMILIES as TABLES
+from hf_moe.convert.classes import body_name
 from hf_moe.modeling import CONFIGS
 from hf_moe.modeling.modeling_moe import rebind
 from hf_moe.modeling.moe_layers import MoeBlock, load_balancing_loss
@@ -40,16 +41,22 @@ def in_mixture(family, name):
 def test_every_head_that_transformers_has_is_here(family):
     config_class = CONFIGS[family]
     module = inspect.getmodule(dense_classes(family)[next(iter(dense_classes(family)))])
-    exported = {name for name in module.__all__ if not name.endswith(("PreTrainedModel", "Layer"))}
-    left_out = set(TESTED[family].left_out)
-    assert set(dense_classes(family)) == exported - left_out
+    left_out, table = TESTED[family].left_out, TABLES[family]
+    exported = {name for name in module.__all__ if not name.endswith(("PreTrainedModel", "Layer"))} - set(left_out)
     dense_auto = {
         auto: mapping._model_mapping[family]
         for auto in dir(transformers)
         if auto.startswith(("AutoModel", "AutoBackbone"))
         if (mapping := getattr(transformers, auto)._model_mapping) is not None
-        if mapping._model_mapping.get(family, "") not in {"", *left_out}
+        if family in mapping._model_mapping
+        if mapping._model_mapping[family] not in left_out
     }
+
+    def taken(name):
+        return body_name(table) if name in table.encoder_of else name
+
+    assert set(dense_classes(family)) == set(map(taken, exported))
+    dense_auto = {auto: taken(name) for auto, name in dense_auto.items()}
     ours = {auto: moe_classes(family)[name].__bases__[1].__name__ for auto, name in config_class.auto_classes.items()}
     assert ours == dense_auto
 

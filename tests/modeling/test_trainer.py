@@ -73,6 +73,7 @@ HEADS = [
     ("dinov2", "Dinov2MoeForImageClassification"),
     ("wav2vec2", "Wav2Vec2MoeForCTC"),
     ("wav2vec2", "Wav2Vec2MoeForSequenceClassification"),
+    ("whisper", "WhisperMoeForAudioClassification"),
 ]
 BALANCED = {"router_aux_loss_coef": 1.0, "router_z_loss_coef": 1.0}
 TASK_ONLY = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
