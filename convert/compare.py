@@ -73,7 +73,7 @@ def make_batches(
     """
     try:
         batches = [Batch("random", INPUTS[inputs](config, torch.Generator().manual_seed(seed)))]
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise SourceError(f"{dense.path}: config.json describes no {inputs} that can be made ({error}).") from error
     if inputs != "input_ids":
         return batches, f"none: the model reads {inputs}"

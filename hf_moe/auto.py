@@ -38,5 +38,5 @@ def _register_processors(dense_type: str, config_class: type[MoeConfigMixin]) ->
             auto_class.register(config_class, processor, exist_ok=True)
     if dense_type in IMAGE_PROCESSOR_MAPPING_NAMES:
         # by names, as Transformers keeps them: importing the classes looks for torchvision, and warns
-        names = IMAGE_PROCESSOR_MAPPING_NAMES[dense_type]
+        names: Any = IMAGE_PROCESSOR_MAPPING_NAMES[dense_type]
         IMAGE_PROCESSOR_MAPPING.register(config_class, names, exist_ok=True)

@@ -240,9 +240,6 @@ class MoePreTrainedModelMixin(_Base):
     # The loss is normalised by `num_items_in_batch` in every head, which the dense heads do only in part.
     accepts_loss_kwargs = True
 
-    # Whether the head's loss is a sum over the batch, whose parts need no weights.
-    _loss_is_a_sum = False
-
     # Set by the hf_moe package: conversion does not travel with a checkpoint.
     from_dense: ClassVar[Any]
 
@@ -302,6 +299,11 @@ class MoePreTrainedModelMixin(_Base):
         if isinstance(self, GenerationMixin):
             self.loss_type = "ForCausalLM"  # Transformers reads it off the class name, which says LMHeadModel here
         super().post_init()
+
+    @property
+    def _loss_is_a_sum(self) -> bool:
+        """Whether the head's loss is a sum over the batch, whose parts need no weights."""
+        return False
 
     def _total_loss(self, outputs: dict, inputs: dict, num_items_in_batch) -> torch.Tensor:
         """The task's mean loss, plus the weighted auxiliary losses while training, as a share of the whole batch."""

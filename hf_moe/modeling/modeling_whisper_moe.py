@@ -1,5 +1,7 @@
 """Whisper's encoder with a mixture of experts in the place of its feed-forward networks: models."""
 
+from typing import Any
+
 from torch import nn
 from transformers.models.whisper.modeling_whisper import (
     WhisperEncoder,
@@ -24,7 +26,6 @@ class WhisperMoePreTrainedModel(MoePreTrainedModelMixin, WhisperPreTrainedModel)
     config: WhisperMoeConfig
     config_class = WhisperMoeConfig
     base_model_prefix = "encoder"
-    input_modalities = ("audio",)
     _no_split_modules = ["WhisperEncoderLayer"]
     _can_record_outputs = {
         **WhisperEncoder._can_record_outputs,
@@ -40,7 +41,7 @@ class WhisperMoeEncoder(WhisperMoePreTrainedModel, WhisperEncoder):
         the place of `fc1`, and what follows lets its output through."""
         config = self.config
         for index in config.moe_layer_indices:
-            layer = self.layers[index]
+            layer: Any = self.layers[index]
             layer.fc1 = MoeBlock(
                 config, hidden_act=config.activation_function, activation_dropout=config.activation_dropout
             )

@@ -103,9 +103,8 @@ class MoeExperts(_DispatchedExperts):
         self.num_experts = config.num_experts
         self.hidden_dim = config.hidden_size
         self.intermediate_dim = config.moe_intermediate_size
-        self.act_fn = ACT2FN[hidden_act]
-        if activation_dropout > 0:
-            self.act_fn = nn.Sequential(self.act_fn, nn.Dropout(activation_dropout))
+        activation = ACT2FN[hidden_act]
+        self.act_fn = nn.Sequential(activation, nn.Dropout(activation_dropout)) if activation_dropout else activation
 
         E, D, F = self.num_experts, self.hidden_dim, self.intermediate_dim
         up_name, up_width = ("gate_up_proj", 2 * F) if gated else ("up_proj", F)

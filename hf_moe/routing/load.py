@@ -22,7 +22,9 @@ def expert_load(model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor
     counts = torch.zeros(len(model.config.moe_layer_indices), model.config.num_experts, dtype=torch.float64)
     for inputs in batches:
         router_logits = model(**inputs, output_router_logits=True).router_logits
-        kept = model.token_mask(inputs.get("attention_mask"), router_logits[0].shape[0])
+        kept = model.token_mask(  # type: ignore[operator]
+            inputs.get("attention_mask"), router_logits[0].shape[0]
+        )
         for layer, logits_TE in enumerate(router_logits):
             if kept is not None:
                 logits_TE = logits_TE[kept]
