@@ -30,7 +30,7 @@ class TestedFamily:
     attention_weight: a weight of the attention, relative to a layer.
     tokenizer: "wordpiece", "unigram", "bpe" or "ctc"; None where it reads no text.
     preprocessor: its preprocessor_config.json.
-    forms: other configurations that Transformers builds differently, each converted too.
+    variants: other configurations of the architecture, which must be converted as exactly.
     left_out: classes of Transformers that have no mixture -> why.
     cannot: what can't hold for the family -> why: "one graph" (compiled), or a head without dropout that trains the
         same twice.
@@ -44,7 +44,7 @@ class TestedFamily:
     attention_weight: str
     tokenizer: str | None = None
     preprocessor: dict[str, Any] | None = None
-    forms: tuple[dict[str, Any], ...] = ()
+    variants: tuple[dict[str, Any], ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
     cannot: dict[str, str] = field(default_factory=dict)
 
@@ -171,7 +171,7 @@ TESTED: dict[str, TestedFamily] = {
         attention_weight="attention.out_proj.weight",
         tokenizer="ctc",
         preprocessor={"feature_extractor_type": "Wav2Vec2FeatureExtractor", "return_attention_mask": True},
-        forms=(
+        variants=(
             {"do_stable_layer_norm": False, "feat_extract_norm": "group"},
             {"add_adapter": True, "num_adapter_layers": 2},
             {"adapter_attn_dim": 8},
@@ -187,7 +187,7 @@ TESTED: dict[str, TestedFamily] = {
         attention=("q_proj", "v_proj"),
         attention_weight="self_attn.out_proj.weight",
         preprocessor={"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 8, "chunk_length": 1},
-        forms=({"use_weighted_layer_sum": True},),
+        variants=({"use_weighted_layer_sum": True},),
         left_out={
             "WhisperForConditionalGeneration": "it is the encoder with a decoder",
             "WhisperForCausalLM": "it is the decoder",

@@ -10,7 +10,6 @@ WHISPER = Family(
     up="fc1",
     down="fc2",
     norm="final_layer_norm",
-    block="fc1",
     inputs="input_features",
     body="encoder",
     encoder_of=("WhisperModel", "WhisperForConditionalGeneration"),

@@ -241,9 +241,9 @@ def test_another_dense_model_of_the_same_shape_does_not_pass(dense_folder, tmp_p
     assert not certificate["moe"]["made_from_this_dense"]
 
 
-@pytest.mark.parametrize("form", TESTED["wav2vec2"].forms, ids=str)
-def test_only_real_frames_are_compared(form, dense_folder):
-    checkpoint = open_checkpoint(dense_folder("wav2vec2", **form))
+@pytest.mark.parametrize("variant", TESTED["wav2vec2"].variants, ids=str)
+def test_only_real_frames_are_compared(variant, dense_folder):
+    checkpoint = open_checkpoint(dense_folder("wav2vec2", **variant))
     model = module.load_model(dense_classes("wav2vec2")["Wav2Vec2ForCTC"], checkpoint, "float32")
     [one], _ = module.make_batches(checkpoint, model.config, "input_values")
     assert one.is_padded

@@ -75,12 +75,12 @@ def test_every_head_is_converted_exactly(family, name, dense_folder, tmp_path):
     assert certificate["inputs"]["padding"] == ("attention_mask" in batch(family))
 
 
-FORMS = [(family, form) for family in FAMILIES for form in TESTED[family].forms]
+VARIANTS = [(family, variant) for family in FAMILIES for variant in TESTED[family].variants]
 
 
-@pytest.mark.parametrize(("family", "form"), FORMS, ids=str)
-def test_other_forms_are_converted_exactly(family, form, dense_folder, tmp_path):
-    assert hf_moe.upcycle(dense_folder(family, **form), tmp_path / "moe", num_experts=4).certificate["passed"]
+@pytest.mark.parametrize(("family", "variant"), VARIANTS, ids=str)
+def test_variants_are_converted_exactly(family, variant, dense_folder, tmp_path):
+    assert hf_moe.upcycle(dense_folder(family, **variant), tmp_path / "moe", num_experts=4).certificate["passed"]
 
 
 @pytest.mark.parametrize(
@@ -154,9 +154,9 @@ def test_notes_warn_of_what_training_will_meet(dense_folder):
     assert any("top-k 1" in note for note in notes)
 
 
-@pytest.mark.parametrize(("family", "form"), [*((family, {}) for family in FAMILIES), *FORMS], ids=str)
-def test_the_norm_by_which_routers_are_calibrated_makes_their_inputs(family, form, dense_folder):
-    checkpoint = open_checkpoint(dense_folder(family, **form))
+@pytest.mark.parametrize(("family", "variant"), [*((family, {}) for family in FAMILIES), *VARIANTS], ids=str)
+def test_the_norm_by_which_routers_are_calibrated_makes_their_inputs(family, variant, dense_folder):
+    checkpoint = open_checkpoint(dense_folder(family, **variant))
     table = find_family(checkpoint)
     model = getattr(transformers, TESTED[family].lm).from_pretrained(checkpoint.path)
     layer = body_of(table, model).get_submodule(table.layer.format(layer=1))
