@@ -17,7 +17,7 @@ from hf_moe.modeling.configuration_moe import MoeConfigMixin
 from .blend import copied
 from .certificate import TOLERANCE, certify, explain
 from .checkpoint import open_checkpoint
-from .classes import make_config, moe_classes
+from .classes import make_config, moe_classes, variant_of
 from .conversion import Progress, copy_side_files
 from .families import FAMILIES
 from .headers import DTYPES
@@ -161,8 +161,8 @@ def _plan(rebuild: Rebuild, dense_class: type[PreTrainedModel]) -> DensePlan:
     width = _width(mixture, rebuild.width)
     config = _dense_config(mixture, dense_class, width)
     target, tied = tensors_of(dense_class, config)
-    family = FAMILIES[config.model_type]
-    networks = {layer: find_network(family, layer, mixture.body, target, config.to_dict()) for layer in mixture.layers}
+    family = variant_of(FAMILIES[config.model_type], config.to_dict())
+    networks = {layer: find_network(family, layer, mixture.body, target) for layer in mixture.layers}
     layer_of = {name: layer for layer in mixture.layers for name in mixture.names(layer)}
     tensors: dict[str, TensorPlan] = {}
     for name, info in checkpoint.tensors.items():

@@ -121,11 +121,11 @@ def take_sample(model: PreTrainedModel, plan: Plan, rows: list[list[list[int]]],
     embed = model.get_input_embeddings()
     for start in range(0, len(flat), ROWS):
         batch = pad("fit", [row for _, row in flat[start : start + ROWS]])
-        kept = batch.attention_mask.bool()
+        kept = batch.inputs["attention_mask"].bool()
         for layer, values in _feed_forward_inputs(model, plan, batch).items():
             x[layer].append(values.reshape(*kept.shape, -1)[kept])
         with torch.no_grad():
-            embedded.append(embed(batch.input_ids)[kept])
+            embedded.append(embed(batch.inputs["input_ids"])[kept])
     lengths = torch.tensor([len(row) for _, row in flat], dtype=torch.long)
     return Sample(
         x={layer: torch.cat(values) if values else torch.empty(0) for layer, values in x.items()},
@@ -164,7 +164,7 @@ def _kept_inputs(model: PreTrainedModel, plan: Plan, seen: dict[int, torch.Tenso
 def _feed_forward_inputs(model: PreTrainedModel, plan: Plan, batch: Batch) -> dict[int, torch.Tensor]:
     seen: dict[int, torch.Tensor] = {}
     with _kept_inputs(model, plan, seen):
-        model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        model.base_model(**batch.inputs)
     return seen
 
 

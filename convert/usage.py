@@ -101,20 +101,21 @@ def quality_of(model: PreTrainedModel, text: Text) -> Quality:
 
 def _next(batch: Batch) -> tuple[Batch, torch.Tensor]:
     """The batch, and for each token the one that follows it."""
-    following = functional.pad(batch.input_ids[:, 1:], (0, 1), value=IGNORED)
-    ends = functional.pad(batch.attention_mask[:, 1:], (0, 1)) == 0
-    return batch, following.masked_fill(ends, IGNORED)[batch.attention_mask.bool()]
+    ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+    following = functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
+    ends = functional.pad(mask[:, 1:], (0, 1)) == 0
+    return batch, following.masked_fill(ends, IGNORED)[mask.bool()]
 
 
 def _hidden(batch: Batch, mask_id: int | None) -> tuple[Batch, torch.Tensor]:
     """The batch with some tokens hidden, which are the labels; where nothing hides them, all are."""
-    kept = batch.attention_mask.bool()
+    ids, kept = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
     if mask_id is None:
-        return batch, batch.input_ids[kept]
-    positions = torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)
+        return batch, ids[kept]
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
     hidden = kept & (positions % MASKED == 1)
-    shown = Batch(batch.name, batch.input_ids.masked_fill(hidden, mask_id), batch.attention_mask)
-    return shown, batch.input_ids.masked_fill(~hidden, IGNORED)[kept]
+    shown = Batch(batch.name, {**batch.inputs, "input_ids": ids.masked_fill(hidden, mask_id)})
+    return shown, ids.masked_fill(~hidden, IGNORED)[kept]
 
 
 def compare_quality(before: Quality, after: Quality) -> dict[str, Any]:

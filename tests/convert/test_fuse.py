@@ -61,8 +61,10 @@ def finetune(family: str, source: Path, folder: Path, texts: list[str]) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for start in range(0, 40, 8):
         batch = pad("train", [tokenizer(text)["input_ids"] for text in texts[start : start + 8]])
-        labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
-        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss.backward()
+        labels = batch.inputs["input_ids"].masked_fill(batch.inputs["attention_mask"] == 0, -100)
+        model(
+            input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"], labels=labels
+        ).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)
@@ -239,8 +241,12 @@ def test_texts_go_to_their_expert(family, gate, tuned, tmp_path):
     for domain in (0, 1):
         batch = pad("new", [tokenizer(text)["input_ids"] for text in sentences(family, domain, 20, seed=1)])
         with torch.no_grad():
-            outputs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_router_logits=True)
-        kept = batch.attention_mask.bool().reshape(-1)
+            outputs = model(
+                input_ids=batch.inputs["input_ids"],
+                attention_mask=batch.inputs["attention_mask"],
+                output_router_logits=True,
+            )
+        kept = batch.inputs["attention_mask"].bool().reshape(-1)
         for logits in outputs.router_logits:
             assert (logits.reshape(-1, 2)[kept].argmax(-1) == domain).float().mean() > 0.6
 
@@ -383,8 +389,8 @@ def test_routers_train_and_nothing_else(family, tuned, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(base)
     texts = sentences(family, 0, 60, seed=2) + sentences(family, 1, 60, seed=2)
     batch = pad("new", [tokenizer(text)["input_ids"] for text in texts])
-    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
-    ids = batch.input_ids
+    labels = batch.inputs["input_ids"].masked_fill(batch.inputs["attention_mask"] == 0, -100)
+    ids = batch.inputs["input_ids"]
     if not TESTED[family].is_decoder:
         hidden = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.15
         ids, labels = ids.masked_fill(hidden, tokenizer.mask_token_id), labels.masked_fill(~hidden, -100)
@@ -392,7 +398,9 @@ def test_routers_train_and_nothing_else(family, tuned, tmp_path):
     for folder in (made.path, plain.path):
         model = made.plan.moe_class.from_pretrained(folder)
         with torch.no_grad():
-            losses.append(model(input_ids=ids, attention_mask=batch.attention_mask, labels=labels).loss.item())
+            losses.append(
+                model(input_ids=ids, attention_mask=batch.inputs["attention_mask"], labels=labels).loss.item()
+            )
     assert losses[0] < losses[1]
 
 
