@@ -15,6 +15,7 @@ the limit is to be held against the latter, mergekit-moe against the former. Wri
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -40,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2-xl": {"class": "GPT2", "config": {"n_embd": 1600, "n_layer": 48, "n_head": 25}, "experts": 8},
 }
 
-# Made layer by layer on the disk, as a model of this size would be in nobody's way: only names, shapes and bytes count.
+# Made layer by layer on the disk, as no model of this size would fit in memory: only names, shapes and bytes count.
 MAKE = """
 import json, sys, torch, transformers
 from safetensors.torch import save_file
@@ -94,10 +95,8 @@ def run(*command: str) -> dict[str, float]:
     if status:
         raise RuntimeError(f"exit status {status} of: {' '.join(command)[:300]}")
     found = {"seconds": seconds, "peak_mb": usage.ru_maxrss / 1024}
-    try:
+    with contextlib.suppress(IndexError, ValueError):
         found["inside"] = float(printed.strip().splitlines()[-1])
-    except (IndexError, ValueError):
-        pass
     return found
 
 

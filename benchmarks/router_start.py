@@ -38,7 +38,7 @@ def ffn_inputs():
     family = FAMILIES["bert"]
     model = load_model(find_classes(checkpoint, family)[0], checkpoint, "float32")
     batch = make_batches(checkpoint, model.config)[0][0]
-    kept = batch.attention_mask.bool()
+    kept = batch.mask.bool()
     captured = capture_feed_forward(model, family, batch)
     for index, (x, _) in captured.items():
         norm = model.base_model.get_submodule(f"{family.layer.format(layer=index)}.{family.norm}")

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from hf_moe.errors import SourceError, UsageError
 
 from .checkpoint import Checkpoint
+from .classes import body_of
 from .compare import load_model, make_batches, run_model
 from .plan import Plan
 from .texts import read_texts
@@ -22,24 +23,29 @@ def coactivation(plan: Plan) -> dict[int, torch.Tensor]:
     The dense model is loaded for this, in float32.
 
     Raises:
-        UsageError, SourceError: where there is no text, or no tokenizer to read it with.
+        UsageError, SourceError: where there is no text, or nothing that reads it.
     """
+    if plan.family.inputs != "input_ids":
+        raise UsageError(
+            f"partition 'coactivation' measures on text, but a {plan.family.model_type} reads {plan.family.inputs}: "
+            "choose another partition."
+        )
     if plan.recipe.calibration is None:
         raise UsageError("partition 'coactivation' wants text to measure on: name a file as calibration.")
     texts = read_texts(Path(plan.recipe.calibration))
     checkpoint = plan.source.checkpoint
     model = load_model(plan.dense_class, checkpoint, "float32")
-    batches, note = make_batches(checkpoint, model.config, texts, plan.recipe.seed)
-    batch = batches[0]
-    if batch.name != "text":
+    batches, note = make_batches(checkpoint, model.config, plan.family.inputs, texts, plan.recipe.seed)
+    batch, mask = batches[0], batches[0].mask
+    if batch.name != "text" or mask is None:
         raise UsageError(f"{plan.recipe.calibration}: can't be read with the source's tokenizer ({note}).")
     fired: dict[int, torch.Tensor] = {}
     handles = []
     for layer in plan.networks:
-        down = model.base_model.get_submodule(f"{plan.family.layer.format(layer=layer)}.{plan.family.down}")
+        down = body_of(plan.family, model).get_submodule(f"{plan.family.layer.format(layer=layer)}.{plan.family.down}")
 
         def keep(module, args, layer=layer):
-            kept = args[0].reshape(-1, args[0].shape[-1])[batch.attention_mask.bool().reshape(-1)]
+            kept = args[0].reshape(-1, args[0].shape[-1])[mask.bool().reshape(-1)]
             fired[layer] = kept[:MAX_TOKENS].abs().T.contiguous()
 
         handles.append(down.register_forward_pre_hook(keep))

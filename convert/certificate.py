@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 
 from .calibrate import read_deals
 from .checkpoint import Checkpoint, read_json
+from .classes import body_of
 from .compare import (
-    RANDOM_LENGTHS,
     Batch,
     capture_feed_forward,
     compare_outputs,
     difference_of,
     generate_greedily,
+    load_dense,
     load_model,
     make_batches,
     make_measurable,
@@ -53,16 +54,16 @@ def certify(
     """Measures how far the mixture `moe` is from the dense checkpoint it was made from.
 
     Their weights are compared bit for bit, routers apart. Then both run in evaluation mode in float32 and float64, on
-    `texts` (default: ten sentences that the package ships; left out, and said so, where the source has no tokenizer)
-    and on random ids, with padding.
+    `texts` (default: ten sentences that the package ships; left out, and said so, where the model reads none or the
+    source has no tokenizer) and on random inputs of the model's kind, with padding where it has a mask.
 
     Args:
         dense, moe: the checkpoints.
         plan: by which `moe` was made of `dense`; default: the one that its configuration tells of.
-        texts: what to run on beside random ids.
+        texts: what to run on beside random inputs.
         tolerance: dtype -> largest relative difference that passes, instead of `TOLERANCE`; then differing weights
             are no failure by themselves.
-        seed: of the random ids.
+        seed: of the random inputs.
         progress: is told each stage.
 
     Returns:
@@ -84,12 +85,12 @@ def certify(
     exact: dict[str, Any] = {}
     for dtype in ("float64", "float32"):
         progress(f"comparing in {dtype}")
-        dense_model = load_model(plan.dense_class, dense, dtype, rounded_to=plan.recipe.dtype)
+        dense_model = load_dense(plan.dense_class, plan.family, dense, dtype, rounded_to=plan.recipe.dtype)
         moe_model = load_model(plan.moe_class, moe, dtype)
         if plan.target.kind == "native":
             make_measurable(moe_model, _routers(plan))
         if not batches:
-            batches, text_note = make_batches(dense, dense_model.config, texts, seed)
+            batches, text_note = make_batches(dense, dense_model.config, plan.family.inputs, texts, seed)
         dense_outputs = {batch.name: run_model(dense_model, batch) for batch in batches}
         moe_outputs = {batch.name: run_model(moe_model, batch) for batch in batches}
         limit = tolerance[dtype]
@@ -129,8 +130,8 @@ def certify(
             "weights": weights,
             "inputs": {
                 "text": text_note,
-                "random": f"{len(RANDOM_LENGTHS)} sequences of ids, seed {seed}",
-                "padding": True,
+                "random": f"{len(batches[-1].inputs[plan.family.inputs])} rows of {plan.family.inputs}, seed {seed}",
+                "padding": any(batch.is_padded for batch in batches),
             },
             "float32": runs["float32"],
             "float64": runs["float64"],
@@ -227,7 +228,9 @@ def bisect(
         entry: dict[str, Any] = {"layer": index, "hidden_state": difference[judged]}
         if index in plan.networks:
             x, y = captured[index]
-            block = moe.base_model.get_submodule(f"{plan.family.layer.format(layer=index)}.{plan.target.block}")
+            block = body_of(plan.family, moe).get_submodule(
+                f"{plan.family.layer.format(layer=index)}.{plan.target.block}"
+            )
             entry["feed_forward"] = difference_of(y.double(), block(x[None])[0].double())[judged]
         layers.append(entry)
     return {"summary": _summary(layers, limit), "layers": layers}

@@ -39,6 +39,9 @@ SIDE_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "normalizer.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     "generation_config.json",
     "LICENSE*",
     "LICENCE*",
@@ -157,7 +160,8 @@ def file_sha256(file: Path) -> str:
 
 
 def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
-    """Opens a local folder or GGUF file, or downloads the weights, configuration and tokenizer of a Hub repository.
+    """Opens a local folder or GGUF file, or downloads the weights, configuration, tokenizer and processors of a Hub
+    repository.
 
     Raises:
         SourceError: where there is no such checkpoint, or it is damaged or unsafe; in one line.

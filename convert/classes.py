@@ -1,8 +1,10 @@
 """Which family a checkpoint belongs to, and which classes stand for it before and after."""
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
-import transformers
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -32,10 +34,11 @@ WHY_NOT = {
 
 
 def find_family(checkpoint: Checkpoint) -> Family:
-    """The dense family of a checkpoint.
+    """The dense family of a checkpoint, in the form that its configuration asks for.
 
     Raises:
-        SourceError: where it asks for remote code, is a mixture already, is quantized, or has no table.
+        SourceError: where it asks for remote code, is a mixture already, is quantized, has no table, or is of a form
+            that its table refuses.
     """
     config, path = checkpoint.config, checkpoint.path
     model_type = config.get("model_type")
@@ -53,33 +56,64 @@ def find_family(checkpoint: Checkpoint) -> Family:
         why = WHY_NOT.get(str(model_type), "no table says where its feed-forward networks lie")
         known = ", ".join(FAMILIES)
         raise SourceError(f"{path}: architecture {model_type!r} can't be converted: {why}. Known are {known}.")
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    for name, why in family.refused.items():
+        if config.get(name):
+            raise SourceError(f"{path}: config.json sets {name}, which can't be converted: {why}.")
+    for (name, value), changes in family.variants.items():
+        if config.get(name) is value:
+            family = replace(family, **changes)  # type: ignore[arg-type]
+    return family
+
+
+def dense_class_of(moe_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class that a mixture's class is made of."""
+    return moe_class.__bases__[1]
 
 
 def moe_classes(family: Family) -> dict[str, type[PreTrainedModel]]:
     """Name of each dense class of the family -> the mixture's class."""
     module = modeling_module(family.config_class)
     classes = [getattr(module, name) for name in module.__all__]
-    return {cls.__bases__[1].__name__: cls for cls in classes if "forward" in vars(cls)}
+    return {dense_class_of(cls).__name__: cls for cls in classes if "forward" in vars(cls)}
 
 
 def find_classes(checkpoint: Checkpoint, family: Family) -> tuple[type[PreTrainedModel], type[PreTrainedModel]]:
-    """The dense class that a checkpoint names (its body, if it names none), and the mixture's."""
+    """The dense class that a checkpoint names, and the mixture's; the bodies, if it names none or has a decoder."""
     known = moe_classes(family)
-    architectures = checkpoint.config.get("architectures") or [body_classes(family)[0].__name__]
-    if not isinstance(architectures, list) or architectures[0] not in known:
+    body = body_classes(family)[0].__name__
+    architectures = checkpoint.config.get("architectures") or [body]
+    if not isinstance(architectures, list) or architectures[0] not in {*known, *family.encoder_of}:
         raise SourceError(
             f"{checkpoint.path}: config.json names the class {architectures!r}; known for {family.model_type} are "
-            f"{', '.join(sorted(known))}."
+            f"{', '.join(sorted([*known, *family.encoder_of]))}."
         )
-    return getattr(transformers, architectures[0]), known[architectures[0]]
+    moe_class = known.get(architectures[0], known[body])
+    return dense_class_of(moe_class), moe_class
 
 
 def body_classes(family: Family) -> tuple[type[PreTrainedModel], type[PreTrainedModel]]:
     """The family's dense class without a head, and the mixture's."""
     moe_name = family.config_class.auto_classes["AutoModel"]
-    name, moe_class = next(item for item in moe_classes(family).items() if item[1].__name__ == moe_name)
-    return getattr(transformers, name), moe_class
+    moe_class = next(cls for cls in moe_classes(family).values() if cls.__name__ == moe_name)
+    return dense_class_of(moe_class), moe_class
+
+
+def name_of_body(family: Family, dense_class: type[PreTrainedModel]) -> str:
+    """What heads call their body."""
+    return family.body or dense_class.base_model_prefix
+
+
+def body_prefix(family: Family, dense_class: type[PreTrainedModel], names: Iterable[str]) -> str:
+    """What stands before the body's tensors among the `names` of a class's: nothing where the class is the body
+    itself, or has the body's parts for its own, as backbones do."""
+    prefix = f"{name_of_body(family, dense_class)}."
+    return prefix if any(name.startswith(prefix) for name in names) else ""
+
+
+def body_of(family: Family, model: PreTrainedModel) -> torch.nn.Module:
+    """The body of a dense model or a mixture."""
+    return getattr(model, name_of_body(family, type(model)), model)
 
 
 def make_config(

@@ -2,41 +2,53 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 import torch
+import transformers
 from torch.nn import functional
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from hf_moe.errors import SourceError
 
 from .checkpoint import Checkpoint
+from .classes import body_of
 from .families import Family
 from .quiet import quiet
 
 MAX_TOKENS = 128  # of one text
 RANDOM_LENGTHS = (64, 48, 17, 3)
+RANDOM_FRAMES = (64, 48, 33, 17)  # of sound: some heads take windows of up to 15 frames
+RANDOM_ROWS = 2  # of inputs that all have one size
 PROMPT_TOKENS = 3
 NEW_TOKENS = 64
 
-# Outputs with one row a sequence; all others have one a token, and padding is taken out of them.
-ROW_OUTPUTS = ("pooler_output", "seq_relationship_logits", "mc_logits")
-ROW_HEADS = ("ForSequenceClassification", "ForNextSentencePrediction", "ForMultipleChoice")
+LAYERED_OUTPUTS = ("hidden_states", "feature_maps")  # tuples, one tensor a layer
+# Outputs with one row an input; all others have one a token, and padding is taken out of them.
+ROW_OUTPUTS = ("pooler_output", "seq_relationship_logits", "mc_logits", "embeddings", "codevector_perplexity")
+ROW_HEADS = ("ForSequenceClassification", "ForNextSentencePrediction", "ForMultipleChoice", "ForXVector")
 
 INFINITE = sys.float_info.max  # a difference beyond measure; JSON has no infinity
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids and attention mask (B, S), padded on the right."""
+    """What a model is given; with a mask, rows are padded on the right."""
 
     name: str
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    inputs: dict[str, torch.Tensor]
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        return self.inputs.get("attention_mask")
+
+    @property
+    def is_padded(self) -> bool:
+        return self.mask is not None and not self.mask.all()
 
 
 def sample_texts() -> list[str]:
@@ -45,38 +57,88 @@ def sample_texts() -> list[str]:
 
 
 def make_batches(
-    dense: Checkpoint, config: PretrainedConfig, texts: list[str] | None = None, seed: int = 0
+    dense: Checkpoint,
+    config: PretrainedConfig,
+    inputs: str = "input_ids",
+    texts: list[str] | None = None,
+    seed: int = 0,
 ) -> tuple[list[Batch], str]:
-    """Inputs to compare on: `texts` (default: `sample_texts`), if there is a tokenizer, and random ids.
+    """What to compare on: `texts` (default: `sample_texts`), if the model reads any and has a tokenizer, and random
+    `inputs`.
 
     Returns:
         the batches, and what became of the texts, in words.
+
+    Raises:
+        SourceError: where the configuration leads to no inputs.
     """
-    positions = getattr(config, "max_position_embeddings", None) or MAX_TOKENS + 2
-    longest = max(1, min(MAX_TOKENS, positions - 2))  # RoBERTa counts positions from 2
-    generator = torch.Generator().manual_seed(seed)
-    lengths = [min(length, longest) for length in RANDOM_LENGTHS]
-    random_ids = [torch.randint(0, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
-    batches = [_pad("random", random_ids)]
+    try:
+        batches = [Batch("random", INPUTS[inputs](config, torch.Generator().manual_seed(seed)))]
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise SourceError(f"{dense.path}: config.json describes no {inputs} that can be made ({error}).") from error
+    if inputs != "input_ids":
+        return batches, f"none: the model reads {inputs}"
     if not dense.has_tokenizer:
         return batches, "none: the source has no tokenizer"
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(dense.path, local_files_only=True, trust_remote_code=False)
-        ids = [tokenizer(text, truncation=True, max_length=longest)["input_ids"] for text in texts or sample_texts()]
+        ids = [
+            tokenizer(text, truncation=True, max_length=_longest(config))["input_ids"]
+            for text in texts or sample_texts()
+        ]
     except Exception as error:  # tokenizers raise it bare; the random ids will do
         return batches, f"none: the source's tokenizer does not work ({type(error).__name__})"
     ids = [row for row in ids if row and max(row) < config.vocab_size]
     if not ids:
         return batches, "none: the tokenizer's ids do not fit the model's vocabulary"
-    return [_pad("text", ids), *batches], f"{len(ids)} texts, {sum(map(len, ids))} tokens"
+    return [Batch("text", _padded(ids)), *batches], f"{len(ids)} texts, {sum(map(len, ids))} tokens"
 
 
-def _pad(name: str, rows: list[list[int]]) -> Batch:
-    length = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-    return Batch(name, ids, mask)
+def _longest(config: PretrainedConfig) -> int:
+    positions = getattr(config, "max_position_embeddings", None) or MAX_TOKENS + 2
+    return max(1, min(MAX_TOKENS, positions - 2))  # RoBERTa counts positions from 2
+
+
+def _padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    mask = _mask([len(row) for row in rows])
+    ids = torch.zeros_like(mask)
+    ids[mask.bool()] = torch.tensor([token for row in rows for token in row])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _mask(lengths: list[int]) -> torch.Tensor:
+    return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+
+
+def _random_ids(config, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    lengths = [min(length, _longest(config)) for length in RANDOM_LENGTHS]
+    return _padded([torch.randint(0, config.vocab_size, (n,), generator=generator).tolist() for n in lengths])
+
+
+def _random_images(config, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    size = config.image_size
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return {"pixel_values": torch.randn((RANDOM_ROWS, config.num_channels, height, width), generator=generator)}
+
+
+def _random_waves(config, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    mask = _mask([frames * config.inputs_to_logits_ratio for frames in RANDOM_FRAMES])
+    return {"input_values": torch.randn(mask.shape, generator=generator) * mask, "attention_mask": mask}
+
+
+def _random_features(config, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    shape = (RANDOM_ROWS, config.num_mel_bins, 2 * config.max_source_positions)
+    return {"input_features": torch.randn(shape, generator=generator)}
+
+
+# What models read: main input -> random inputs for a configuration, with a mask where they can be padded.
+INPUTS: dict[str, Callable[[Any, torch.Generator], dict[str, torch.Tensor]]] = {
+    "input_ids": _random_ids,
+    "pixel_values": _random_images,
+    "input_values": _random_waves,
+    "input_features": _random_features,
+}
 
 
 def load_model(
@@ -100,7 +162,7 @@ def load_model(
     except Exception as error:  # whatever a damaged checkpoint provokes
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise SourceError(f"{checkpoint.path}: does not load as {model_class.__name__}: {reason}") from error
-    if model.config.pad_token_id is None:
+    if getattr(model.config, "pad_token_id", 0) is None:
         model.config.pad_token_id = 0  # some heads refuse a batch without one; the mask is what hides padding
     return model.to(getattr(torch, dtype)).eval()
 
@@ -122,25 +184,45 @@ def make_measurable(model: PreTrainedModel, routers: list[str]) -> None:
         model.base_model.get_submodule(name).register_forward_hook(widen)
 
 
+def load_dense(
+    model_class: type[PreTrainedModel],
+    family: Family,
+    checkpoint: Checkpoint,
+    dtype: str,
+    rounded_to: str | None = None,
+) -> PreTrainedModel:
+    """`load_model` of a dense checkpoint; one with a decoder is loaded whole, and its encoder taken."""
+    named = (checkpoint.config.get("architectures") or [""])[0]
+    if named not in family.encoder_of:
+        return load_model(model_class, checkpoint, dtype, rounded_to)
+    return load_model(getattr(transformers, named), checkpoint, dtype, rounded_to).get_encoder()
+
+
 def run_model(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
-    """Named float outputs in float64, hidden states as `hidden_states.N`: (tokens, …), padding left out, or
-    (rows, …) where there is one a sequence.
+    """Named float outputs in float64, those of layers as `hidden_states.N`: (tokens, …), padding left out; (rows, …)
+    where there is one a row, or where nothing can be padded.
 
     Raises:
         SourceError: where the model does not run.
     """
-    together = _run(model, batch.input_ids, batch.attention_mask)
+    together = _run(model, batch)
+    if "input_ids" not in batch.inputs or batch.mask is None:
+        return together
     if all(value.isfinite().all() for value in together.values()):
         return together
     # In float64 some attention makes NaN of padding that lies a whole window behind its text, and spreads it
-    texts = [ids[None, mask.bool()] for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
-    alone = [_run(model, ids, torch.ones_like(ids)) for ids in texts]
+    alone = [
+        _run(model, Batch(batch.name, {key: value[[row], :length] for key, value in batch.inputs.items()}))
+        for row, length in enumerate(batch.mask.sum(1).tolist())
+    ]
     return {key: torch.cat([outputs[key] for outputs in alone]) for key in together}
 
 
 @torch.no_grad()
-def _run(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+def _run(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
+    inputs = {
+        key: value.to(model.dtype) if value.is_floating_point() else value for key, value in batch.inputs.items()
+    }
     name = type(model).__name__
     if name.endswith("ForMultipleChoice"):
         inputs = {key: value.unsqueeze(1) for key, value in inputs.items()}
@@ -148,21 +230,35 @@ def _run(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.
         outputs = model(**inputs, output_hidden_states=True, return_dict=True)
     except Exception as error:  # built, but of sizes that do not work together
         raise SourceError(f"{name} does not run: {(str(error) or type(error).__name__).splitlines()[0]}") from error
-    found = {f"hidden_states.{i}": state for i, state in enumerate(outputs.hidden_states)}
-    found |= {key: value for key, value in outputs.items() if isinstance(value, torch.Tensor)}
+    found: dict[str, torch.Tensor] = {}
+    for key, value in outputs.items():
+        if key in LAYERED_OUTPUTS:
+            found |= {f"{key}.{i}": part for i, part in enumerate(value)}
+        elif isinstance(value, torch.Tensor):
+            found[key] = value
     rows = (*ROW_OUTPUTS, "logits") if name.endswith(ROW_HEADS) else ROW_OUTPUTS
-    kept = attention_mask.bool()
     return {
-        key: (value if key in rows else value[kept]).to(torch.float64)
+        key: (value if key in rows or batch.mask is None else value[_real(model, batch.mask, value.shape[1])]).double()
         for key, value in found.items()
         if value.is_floating_point()
     }
 
 
+def _real(model: PreTrainedModel, mask: torch.Tensor, length: int) -> torch.Tensor:
+    """Which of an output's (B, `length`) tokens come from real inputs only; of sound, `mask` is over samples."""
+    if mask.shape[1] == length:
+        return mask.bool()
+    samples = torch.tensor(mask.shape[1])
+    frames = model._get_feat_extract_output_lengths(samples, add_adapter=False)  # type: ignore[operator]
+    return model._get_feature_vector_attention_mask(  # type: ignore[operator]
+        length, mask, add_adapter=bool(frames != length)
+    )
+
+
 @torch.no_grad()
 def generate_greedily(model: PreTrainedModel, batch: Batch) -> list[list[int]]:
     """The first tokens of each row of `batch`, continued greedily by `NEW_TOKENS`, or to the model's last position."""
-    prompts = batch.input_ids[:, :PROMPT_TOKENS]
+    prompts = batch.inputs["input_ids"][:, :PROMPT_TOKENS]
     room = getattr(model.config, "max_position_embeddings", NEW_TOKENS + PROMPT_TOKENS) - PROMPT_TOKENS
     if room < 1:
         return []
@@ -223,11 +319,12 @@ def difference_of(dense: torch.Tensor, moe: torch.Tensor) -> dict[str, float]:
 def _likelihoods(dense: torch.Tensor, moe: torch.Tensor, batch: Batch) -> dict[str, Any]:
     """Mean KL(dense ‖ moe) in nats, and both losses: on the tokens themselves where there are logits over the
     vocabulary for each (shifted nowhere: any fixed labels will do), else on the dense model's own choice."""
-    log_p, log_q = (logits.log_softmax(-1) for logits in (dense, moe))
+    log_p, log_q = (logits.reshape(-1, logits.shape[-1]).log_softmax(-1) for logits in (dense, moe))
     labels = log_p.argmax(-1)
-    tokens = batch.input_ids[batch.attention_mask.bool()]
-    if log_p.shape[0] == len(tokens) and log_p.shape[-1] > int(tokens.max()):
-        labels = tokens
+    if "input_ids" in batch.inputs and batch.mask is not None:
+        tokens = batch.inputs["input_ids"][batch.mask.bool()]
+        if log_p.shape[0] == len(tokens) and log_p.shape[-1] > int(tokens.max()):
+            labels = tokens
     losses = {name: functional.nll_loss(log, labels).item() for name, log in (("dense", log_p), ("moe", log_q))}
     kl = functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item()
     return {"kl": kl, "loss": {**losses, "difference": losses["moe"] - losses["dense"]}}
@@ -238,7 +335,7 @@ def _hooked(dense: PreTrainedModel, family: Family, seen: dict[str, list[torch.T
     """Keeps what goes in and out of every layer's feed-forward network at each call, as `N.in` and `N.out`."""
     handles = []
     for index in range(dense.config.num_hidden_layers):
-        layer = dense.base_model.get_submodule(family.layer.format(layer=index))
+        layer = body_of(family, dense).get_submodule(family.layer.format(layer=index))
 
         def keep_in(module, args, index=index):
             seen[f"{index}.in"].append(args[0].flatten(0, -2))

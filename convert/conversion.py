@@ -15,6 +15,8 @@ from typing import Any
 
 import transformers
 from transformers import PreTrainedModel
+from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from hf_moe.errors import CertificateError, UsageError
 from hf_moe.modeling import dense_type
@@ -34,6 +36,7 @@ from .writer import Pieces, file_bytes, split, write_weights
 
 RECIPE_NAME = "recipe.yaml"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+PREPROCESSOR_CONFIG = "preprocessor_config.json"
 OF_LOADING = ("dtype", "target")  # what `from_dense` leaves to `from_pretrained`, or to the class it is called on
 
 
@@ -213,24 +216,37 @@ def _write_beside(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def copy_side_files(checkpoint: Checkpoint, model_type: str, folder: Path) -> None:
-    """Tokenizer, generation configuration, licence, as the source has them."""
+    """Tokenizer, processors, generation configuration, licence, as the source has them."""
     for file in checkpoint.side_files:
         shutil.copyfile(file, folder / file.name)
     if checkpoint.has_tokenizer:
-        _name_tokenizer(model_type, folder)
+        _name_class(folder / TOKENIZER_CONFIG, {"tokenizer_class": _tokenizer_class(model_type)})
+    if (folder / PREPROCESSOR_CONFIG).is_file():
+        _name_class(folder / PREPROCESSOR_CONFIG, _preprocessor_class(model_type))
 
 
-def _name_tokenizer(model_type: str, folder: Path) -> None:
-    """Writes the tokenizer's class down where the source left it to its `model_type`, which the mixture changes."""
-    file = folder / TOKENIZER_CONFIG
+def _name_class(file: Path, names: dict[str, str]) -> None:
+    """Writes a class down where the source left it to its `model_type`, which the mixture changes."""
     values = read_json(file) if file.is_file() else {}
-    if "tokenizer_class" not in values:
-        config_class = transformers.CONFIG_MAPPING[model_type]
-        tokenizer_class: Any = transformers.TOKENIZER_MAPPING.get(config_class, transformers.PreTrainedTokenizerFast)
-        if isinstance(tokenizer_class, tuple):
-            tokenizer_class = next(cls for cls in reversed(tokenizer_class) if cls is not None)
-        values["tokenizer_class"] = tokenizer_class.__name__.removesuffix("Fast")
-        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    if not values.keys() & {"tokenizer_class", "image_processor_type", "feature_extractor_type"}:
+        file.write_text(json.dumps({**values, **names}, indent=2) + "\n", encoding="utf-8")
+
+
+def _tokenizer_class(model_type: str) -> str:
+    config_class = transformers.CONFIG_MAPPING[model_type]
+    tokenizer_class: Any = transformers.TOKENIZER_MAPPING.get(config_class, transformers.PreTrainedTokenizerFast)
+    if isinstance(tokenizer_class, tuple):
+        tokenizer_class = next(cls for cls in reversed(tokenizer_class) if cls is not None)
+    return tokenizer_class.__name__.removesuffix("Fast")
+
+
+def _preprocessor_class(model_type: str) -> dict[str, str]:
+    """By names: the classes themselves want libraries of their own, torchvision say."""
+    if model_type in IMAGE_PROCESSOR_MAPPING_NAMES:
+        return {"image_processor_type": IMAGE_PROCESSOR_MAPPING_NAMES[model_type]["torchvision"]}
+    if model_type in FEATURE_EXTRACTOR_MAPPING_NAMES:
+        return {"feature_extractor_type": FEATURE_EXTRACTOR_MAPPING_NAMES[model_type]}
+    return {}
 
 
 def from_dense(cls: type[PreTrainedModel], source: str | os.PathLike[str], **options: Any) -> PreTrainedModel:

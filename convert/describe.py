@@ -14,6 +14,9 @@ from .writer import split
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
+# by the names of BERT, GPT-2, DistilBERT, Whisper
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "encoder_layers")
+
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Family, layers, parameters (total, and active for one token), experts and certificate of a checkpoint."""

@@ -2,15 +2,15 @@
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
-import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_moe.errors import HfMoeError, SourceError
 
 from .checkpoint import Checkpoint
-from .classes import moe_classes
+from .classes import dense_class_of, moe_classes, name_of_body
 from .families import Family
 from .headers import FLOATS, TensorInfo
 from .quiet import quiet
@@ -26,8 +26,9 @@ def match_names(checkpoint: Checkpoint, family: Family, dense_class, dense_confi
     dropped: dict[str, str] = {}
     problems: list[HfMoeError] = []
     left_over: list[str] = []
+    body = name_of_body(family, dense_class)
     for source in checkpoint.tensors:
-        name = _current_name(source, family, dense_class.base_model_prefix, expected)
+        name = _current_name(source, family, body, expected)
         if name in names:
             problems.append(SourceError(f"{checkpoint.path}: {names[name]!r} and {source!r} are the same tensor."))
         elif name in expected:
@@ -36,13 +37,12 @@ def match_names(checkpoint: Checkpoint, family: Family, dense_class, dense_confi
             left_over.append(source)
 
     for source in left_over:
-        reason = next((why for pattern, why in family.dropped.items() if re.search(pattern, source)), None)
-        if reason is not None:
+        if reason := _why_dropped(source, family):
             dropped[source] = reason
     left_over = [source for source in left_over if source not in dropped]
     elsewhere = _tensors_of_other_heads(family, dense_config) if left_over else {}
     for source in left_over:
-        name = _current_name(source, family, dense_class.base_model_prefix, elsewhere)
+        name = _current_name(source, family, body, elsewhere)
         if name in elsewhere:
             names[name] = source  # another head's: carried along, as the dense checkpoint carries it
             expected[name] = elsewhere[name]
@@ -50,7 +50,7 @@ def match_names(checkpoint: Checkpoint, family: Family, dense_class, dense_confi
             problems.append(
                 SourceError(f"{checkpoint.path}: tensor {source!r} is left over: no {family.model_type} class has it.")
             )
-    missing = [name for name in expected if name not in names and name not in tied]
+    missing = [name for name in expected if name not in names and name not in tied and not _is_optional(name, family)]
     problems += [SourceError(f"{checkpoint.path}: tensor {name!r} is missing.") for name in missing]
     for name, source in names.items():
         problems += _check_tensor(checkpoint, checkpoint.tensors[source], expected[name])
@@ -59,26 +59,39 @@ def match_names(checkpoint: Checkpoint, family: Family, dense_class, dense_confi
 
 def lacks_head(checkpoint: Checkpoint, family: Family, dense_class, expected, tied: set[str]) -> bool:
     """Whether the folder holds a body only, though its configuration names a head: as sentence encoders often do."""
-    prefix = dense_class.base_model_prefix
+    prefix = name_of_body(family, dense_class)
     own = {name for name in expected if name not in tied and not name.startswith(f"{prefix}.")}
     if not own or len(own) == len(expected):  # a head that is tied to the body; a body
         return False
     return not any(_current_name(source, family, prefix, expected) in own for source in checkpoint.tensors)
 
 
-def _current_name(source: str, family: Family, prefix: str, expected: Iterable[str]) -> str:
-    """`source` by today's name: old endings renamed, the body's prefix added or taken away as the class has it."""
+def _why_dropped(source: str, family: Family) -> str | None:
+    return next((why for pattern, why in family.dropped.items() if re.search(pattern, source)), None)
+
+
+def _is_optional(name: str, family: Family) -> bool:
+    return any(re.search(pattern, name) for pattern in family.optional)
+
+
+def _renamed(source: str, family: Family) -> str:
     for old, new in family.renamed.items():
-        if source.endswith(old):
-            source = source.removesuffix(old) + new
+        source = re.sub(old, new, source)
+    return source
+
+
+def _current_name(source: str, family: Family, prefix: str, expected: Iterable[str]) -> str:
+    """`source` by today's name: old parts renamed, the body's prefix added or taken away as the class has it."""
+    source = _renamed(source, family)
     candidates = (source, f"{prefix}.{source}", source.removeprefix(f"{prefix}."))
     return next((name for name in candidates if name in expected), source)
 
 
 def _tensors_of_other_heads(family: Family, dense_config: PretrainedConfig) -> dict[str, torch.Tensor]:
     shapes: dict[str, torch.Tensor] = {}
-    for name in moe_classes(family):
-        shapes |= tensors_of(getattr(transformers, name), dense_config)[0]
+    for moe_class in moe_classes(family).values():
+        with suppress(SourceError):  # a head that this configuration excludes
+            shapes |= tensors_of(dense_class_of(moe_class), dense_config)[0]
     return shapes
 
 
@@ -95,7 +108,8 @@ def check_layer_count(checkpoint: Checkpoint, family: Family, num_hidden_layers:
     """Before anything is built from the configuration: it may promise layers by the billion."""
     layer = re.escape(family.layer).replace(re.escape("{layer}"), r"(\d+)")
     pattern = re.compile(rf"(?:^|\.){layer}\.")
-    held = {int(match[1]) for name in checkpoint.tensors if (match := pattern.search(name))}
+    kept = [_renamed(name, family) for name in checkpoint.tensors if not _why_dropped(name, family)]
+    held = {int(match[1]) for name in kept if (match := pattern.search(name))}
     if held != set(range(len(held))) or len(held) != num_hidden_layers:
         raise SourceError(
             f"{checkpoint.path}: config.json says {num_hidden_layers} layers, but the weights hold {len(held)}."

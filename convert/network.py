@@ -1,7 +1,6 @@
 """A checkpoint whose tensors go by the dense class's names, and the feed-forward networks in it."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -112,8 +111,8 @@ class Network:
         return list(dict.fromkeys(projection.name for projection in projections))
 
 
-def find_network(family: Family, layer: int, body: str, names, config: dict[str, Any]) -> Network:
-    """The network of `layer` among tensor `names`; `body` is the prefix of the model's body, `config` its own."""
+def find_network(family: Family, layer: int, body: str, names) -> Network:
+    """The network of `layer` among tensor `names`; `body` is the prefix of the model's body."""
     prefix = body + family.layer.format(layer=layer)
     modules = {"up": family.up, "down": family.down}
     if family.gate is not None:
@@ -126,5 +125,5 @@ def find_network(family: Family, layer: int, body: str, names, config: dict[str,
                 fused = family.gate == family.up and role != "down"
                 half = ("gate", "up").index(role) if fused else None
                 found[kind][role] = Projection(name, half, family.transposed and kind == "weight")
-    norm = tuple(name for kind in KINDS if (name := f"{prefix}.{family.norm_for(config)}.{kind}") in names)
+    norm = tuple(name for kind in KINDS if (name := f"{prefix}.{family.norm}.{kind}") in names)
     return Network(layer, prefix, found["weight"], found["bias"], norm)

@@ -19,7 +19,7 @@ from hf_moe.errors import HfMoeError, SourceError, UsageError
 from hf_moe.recipe import UpcycleRecipe, parse_layers
 
 from .checkpoint import Checkpoint
-from .classes import body_classes, find_classes, find_family, make_config
+from .classes import body_classes, body_prefix, find_classes, find_family, make_config
 from .families import Family
 from .forms import our_form
 from .headers import DTYPES, SAFETENSORS_NAMES
@@ -146,8 +146,8 @@ def _plan(checkpoint: Checkpoint, recipe: UpcycleRecipe) -> Plan:
         return Plan(recipe=recipe, problems=tuple(problems))
     dtype = None if recipe.dtype is None else SAFETENSORS_NAMES[getattr(torch, recipe.dtype)]
     source = Source(checkpoint, names, dtype, recipe.allow_nonfinite)
-    body = "" if dense_class is body_classes(family)[0] else f"{dense_class.base_model_prefix}."
-    networks = {layer: find_network(family, layer, body, names, checkpoint.config) for layer in layers}
+    body = body_prefix(family, dense_class, names)
+    networks = {layer: find_network(family, layer, body, names) for layer in layers}
     schemes = {layer: _scheme(recipe, source, network) for layer, network in networks.items()}
     scheme = schemes[layers[0]]
     ours = _our_target(family, moe_class, _moe_config(checkpoint, family, moe_class, recipe, layers, scheme))
@@ -155,6 +155,7 @@ def _plan(checkpoint: Checkpoint, recipe: UpcycleRecipe) -> Plan:
     if target.form.shared_gate:
         schemes = {layer: behind_sigmoid(scheme) for layer, scheme in schemes.items()}
     tensors = _tensors(source, networks, schemes, target, recipe.num_experts)
+    lacking = {target.name(name) for name in expected if name not in names}  # tied, or optional in the source
     return Plan(
         recipe=recipe,
         family=family,
@@ -167,7 +168,7 @@ def _plan(checkpoint: Checkpoint, recipe: UpcycleRecipe) -> Plan:
         dropped=dropped,
         exactness=schemes[layers[0]].exactness,
         notes=(*choice, *notes),
-        problems=tuple(_check_target(tensors, target)),
+        problems=tuple(_check_target(tensors, target, lacking)),
     )
 
 
@@ -331,8 +332,9 @@ def _widest(dtypes: Iterable[str]) -> str:
     return SAFETENSORS_NAMES[wide]
 
 
-def _check_target(tensors: list[TensorPlan], target: Target) -> list[HfMoeError]:
-    """Holds the plan against the mixture's own tensors: each written once, none forgotten, shapes as they must be.
+def _check_target(tensors: list[TensorPlan], target: Target, lacking: set[str]) -> list[HfMoeError]:
+    """Holds the plan against the mixture's own tensors: each written once, none forgotten but those that the source is
+    `lacking`, shapes as they must be.
 
     A difference here is a mistake in a family's table, never the user's.
     """
@@ -341,7 +343,7 @@ def _check_target(tensors: list[TensorPlan], target: Target) -> list[HfMoeError]
     problems = [f"{name!r} would be written twice" for name, count in written.items() if count > 1]
     made = target.in_memory(tensors)
     held = {tensor.name for tensor in made}
-    problems += [f"{name!r} would not be written" for name in wanted if name not in held | tied]
+    problems += [f"{name!r} would not be written" for name in wanted if name not in held | tied | lacking]
     for tensor in made:
         if tensor.name in wanted and tensor.shape != tuple(wanted[tensor.name].shape):
             problems.append(f"{tensor.name!r} would have shape {tensor.shape}, not {tuple(wanted[tensor.name].shape)}")

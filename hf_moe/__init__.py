@@ -4,6 +4,8 @@ from hf_moe.auto import register_all
 from hf_moe.convert import from_dense, upcycle
 from hf_moe.modeling.modeling_bert_moe import *
 from hf_moe.modeling.modeling_bert_moe import __all__ as _bert
+from hf_moe.modeling.modeling_dinov2_moe import *
+from hf_moe.modeling.modeling_dinov2_moe import __all__ as _dinov2
 from hf_moe.modeling.modeling_distilbert_moe import *
 from hf_moe.modeling.modeling_distilbert_moe import __all__ as _distilbert
 from hf_moe.modeling.modeling_electra_moe import *
@@ -39,6 +41,12 @@ from hf_moe.modeling.modeling_qwen3_moe import *
 from hf_moe.modeling.modeling_qwen3_moe import __all__ as _qwen3
 from hf_moe.modeling.modeling_roberta_moe import *
 from hf_moe.modeling.modeling_roberta_moe import __all__ as _roberta
+from hf_moe.modeling.modeling_vit_moe import *
+from hf_moe.modeling.modeling_vit_moe import __all__ as _vit
+from hf_moe.modeling.modeling_wav2vec2_moe import *
+from hf_moe.modeling.modeling_wav2vec2_moe import __all__ as _wav2vec2
+from hf_moe.modeling.modeling_whisper_moe import *
+from hf_moe.modeling.modeling_whisper_moe import __all__ as _whisper
 from hf_moe.modeling.modeling_xlm_roberta_moe import *
 from hf_moe.modeling.modeling_xlm_roberta_moe import __all__ as _xlm_roberta
 from hf_moe.version import __version__
@@ -46,8 +54,11 @@ from hf_moe.version import __version__
 __all__ = ["__version__", "upcycle"]
 __all__ += [
     *_bert,
+    *_dinov2,
     *_distilbert,
     *_electra,
+    *_gemma2,
+    *_gemma3_text,
     *_gpt2,
     *_gpt_neo,
     *_gpt_neox,
@@ -56,14 +67,14 @@ __all__ += [
     *_mistral,
     *_modernbert,
     *_mpnet,
-    *_gemma2,
-    *_gemma3_text,
-    *_gpt_neox,
     *_opt,
     *_phi,
     *_qwen2,
     *_qwen3,
     *_roberta,
+    *_vit,
+    *_wav2vec2,
+    *_whisper,
     *_xlm_roberta,
 ]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import (
     BertConfig,
+    Dinov2Config,
     DistilBertConfig,
     ElectraConfig,
     Gemma2Config,
@@ -24,6 +25,9 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     RobertaConfig,
+    ViTConfig,
+    Wav2Vec2Config,
+    WhisperConfig,
     XLMRobertaConfig,
 )
 
@@ -32,17 +36,20 @@ from transformers import (
 class TestedFamily:
     """Args:
     tiny: keyword arguments -> a dense configuration with 3 layers, and widths that are multiples of 8.
-    lm: the Auto class of its language model, which most tests use.
+    lm: the Auto class of its language model, or of another head with logits; most tests use it.
     attention: modules that LoRA is put on.
     attention_weight: a weight of the attention, relative to a layer.
-    tokenizer: "wordpiece", "unigram" or "bpe".
+    tokenizer: "wordpiece", "unigram", "bpe" or "ctc"; None where it reads no text.
+    preprocessor: its preprocessor_config.json.
     attention_implementations: those that the dense family has, and that run everywhere.
     no_static_cache: why the dense model itself does not work with one.
     with_12_layers: what a configuration needs besides their number.
     variants: other configurations of the architecture, which must be converted as exactly.
     old_buffers: constants, by their names in the body, that checkpoints of older Transformers hold.
-    not_heads: Auto classes that Transformers lists for the family, but whose class is another family's -> why.
+    left_out: classes that Transformers lists for the family, but that have no mixture -> why.
     refused: what the dense classes can't do either -> the words in which they say so.
+    cannot: what can't hold for the family -> why: "one graph" (compiled), or a head without dropout that trains the
+        same twice.
     """
 
     __test__ = False  # for pytest, which collects classes named Test…
@@ -51,14 +58,16 @@ class TestedFamily:
     lm: str
     attention: tuple[str, ...]
     attention_weight: str
-    tokenizer: str
+    tokenizer: str | None = None
+    preprocessor: dict[str, Any] | None = None
     attention_implementations: tuple[str, ...] = ("sdpa", "eager")
     no_static_cache: str = ""
     with_12_layers: dict[str, Any] = field(default_factory=dict)
     variants: tuple[dict[str, Any], ...] = ()
     old_buffers: tuple[str, ...] = ()
-    not_heads: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    cannot: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_decoder(self) -> bool:
@@ -80,6 +89,37 @@ def decoder(config_class: type[PretrainedConfig], **fixed) -> Callable[..., Pret
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     return encoder(config_class, vocab_size=300, **special, **fixed)
 
+
+def vision(config_class: type[PretrainedConfig], **fixed) -> Callable[..., PretrainedConfig]:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+    return lambda **kwargs: config_class(**{**sizes, **fixed, **kwargs})
+
+
+def sound(config_class: type[PretrainedConfig], **fixed) -> Callable[..., PretrainedConfig]:
+    """Of the form whose padding changes nothing: norms over channels, not over time. Nothing random but dropout."""
+    convolutions = {"conv_dim": (16, 16), "conv_kernel": (8, 4), "conv_stride": (4, 2), "feat_extract_norm": "layer"}
+    positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "do_stable_layer_norm": True}
+    codes = {"num_codevectors_per_group": 8, "codevector_dim": 16, "proj_codevector_dim": 16, "num_negatives": 3}
+    windows = {"tdnn_dim": (16, 16), "tdnn_kernel": (3, 2), "tdnn_dilation": (2, 1), "xvector_output_dim": 16}
+    still = {"apply_spec_augment": False, "layerdrop": 0.0, "attention_dropout": 0.0, "classifier_proj_size": 16}
+    return encoder(config_class, **convolutions, **positions, **codes, **windows, **still, **fixed)
+
+
+def spectrum(config_class: type[PretrainedConfig], **fixed) -> Callable[..., PretrainedConfig]:
+    sizes = {"d_model": 32, "encoder_layers": 3, "encoder_attention_heads": 4, "encoder_ffn_dim": 64}
+    sizes |= {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "max_target_positions": 16}
+    sizes |= {"num_mel_bins": 8, "max_source_positions": 50, "vocab_size": 64, "classifier_proj_size": 16}
+    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    return lambda **kwargs: config_class(**{**sizes, "begin_suppress_tokens": None, **fixed, **kwargs})
+
+
+IMAGES = {
+    "crop_size": {"height": 16, "width": 16},
+    "do_normalize": True,
+    "do_resize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
 
 TESTED: dict[str, TestedFamily] = {
     "bert": TestedFamily(
@@ -256,7 +296,7 @@ TESTED: dict[str, TestedFamily] = {
         attention_weight="self_attn.o_proj.weight",
         tokenizer="bpe",
         variants=({"use_sliding_window": False},),
-        not_heads={"AutoModelForDecision": "JevForDecision has a JevConfig; Qwen2 may be the body inside it"},
+        left_out={"JevForDecision": "it has a JevConfig; Qwen2 may be the body inside it"},
     ),
     "qwen3": TestedFamily(
         tiny=decoder(Qwen3Config, num_key_value_heads=2, head_dim=8),
@@ -264,6 +304,49 @@ TESTED: dict[str, TestedFamily] = {
         attention=("q_proj", "v_proj"),
         attention_weight="self_attn.o_proj.weight",
         tokenizer="bpe",
+    ),
+    "dinov2": TestedFamily(
+        tiny=vision(Dinov2Config, mlp_ratio=2),
+        lm="AutoModelForImageClassification",
+        attention=("q_proj", "v_proj"),
+        attention_weight="attention.o_proj.weight",
+        preprocessor={"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 16}, **IMAGES},
+    ),
+    "wav2vec2": TestedFamily(
+        tiny=sound(Wav2Vec2Config),
+        lm="AutoModelForCTC",
+        attention=("q_proj", "v_proj"),
+        attention_weight="attention.out_proj.weight",
+        tokenizer="ctc",
+        preprocessor={"feature_extractor_type": "Wav2Vec2FeatureExtractor", "return_attention_mask": True},
+        variants=(
+            {"do_stable_layer_norm": False, "feat_extract_norm": "group"},
+            {"add_adapter": True, "num_adapter_layers": 2},
+            {"adapter_attn_dim": 8},
+        ),
+        cannot={
+            "one graph": "its dense CTC head branches on the labels' values",
+            "Wav2Vec2MoeForPreTraining": "draws its codes with Gumbel noise",
+        },
+    ),
+    "whisper": TestedFamily(
+        tiny=spectrum(WhisperConfig),
+        lm="AutoModelForAudioClassification",
+        attention=("q_proj", "v_proj"),
+        attention_weight="self_attn.out_proj.weight",
+        preprocessor={"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 8, "chunk_length": 1},
+        variants=({"use_weighted_layer_sum": True},),
+        left_out={
+            "WhisperForConditionalGeneration": "it is the encoder with a decoder",
+            "WhisperForCausalLM": "it is the decoder",
+        },
+    ),
+    "vit": TestedFamily(
+        tiny=vision(ViTConfig, intermediate_size=64, encoder_stride=8),
+        lm="AutoModelForImageClassification",
+        attention=("q_proj", "v_proj"),
+        attention_weight="attention.o_proj.weight",
+        preprocessor={"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}, **IMAGES},
     ),
 }
 DECODERS = [name for name, family in TESTED.items() if family.is_decoder]

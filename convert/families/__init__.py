@@ -1,6 +1,7 @@
 """The architectures that can be converted: dense `model_type` -> table."""
 
 from .bert import BERT
+from .dinov2 import DINOV2
 from .distilbert import DISTILBERT
 from .electra import ELECTRA
 from .family import Family
@@ -19,10 +20,14 @@ from .phi import PHI
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 from .roberta import ROBERTA
+from .vit import VIT
+from .wav2vec2 import WAV2VEC2
+from .whisper import WHISPER
 from .xlm_roberta import XLM_ROBERTA
 
 _ALL = (
     BERT,
+    DINOV2,
     DISTILBERT,
     ELECTRA,
     GEMMA2,
@@ -40,6 +45,9 @@ _ALL = (
     QWEN2,
     QWEN3,
     ROBERTA,
+    VIT,
+    WAV2VEC2,
+    WHISPER,
     XLM_ROBERTA,
 )
 

@@ -10,6 +10,6 @@ BERT = Family(
     up="intermediate.dense",
     down="output.dense",
     norm="attention.output.LayerNorm",
-    renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
+    renamed={r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"},
     dropped={r"embeddings\.(position|token_type)_ids$": "a constant buffer, which the model makes itself"},
 )

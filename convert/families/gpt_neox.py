@@ -10,7 +10,7 @@ GPT_NEOX = Family(
     up="mlp.dense_h_to_4h",
     down="mlp.dense_4h_to_h",
     norm="post_attention_layernorm",
-    renamed={"embed_out.weight": "lm_head.weight"},
+    renamed={r"^embed_out\.weight$": "lm_head.weight"},
     dropped={
         r"\.attention\.(bias|masked_bias)$": "a constant causal mask, which the model makes itself",
         r"rotary_emb\.inv_freq$": "constant frequencies, which the model makes itself",

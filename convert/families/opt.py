@@ -10,5 +10,5 @@ OPT = Family(
     up="fc1",
     down="fc2",
     norm="final_layer_norm",
-    norm_without={"do_layer_norm_before": "self_attn_layer_norm"},
+    variants={("do_layer_norm_before", False): {"norm": "self_attn_layer_norm"}},
 )

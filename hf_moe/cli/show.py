@@ -30,6 +30,12 @@ def fields(values: dict[str, Any], as_json: bool) -> None:
 def _text(name: str, value: Any) -> str:
     if name == "bytes":
         return f"{value:,} ({value / 1e6:,.1f} MB)"
+    if name == "dropped":
+        named: dict[str, list[str]] = {}
+        for tensor, why in value.items():
+            named.setdefault(why, []).append(tensor)
+        more = {why: f" and {len(tensors) - 1} more" if tensors[1:] else "" for why, tensors in named.items()}
+        return "\n".join(f"{tensors[0]}{more[why]}: {why}" for why, tensors in named.items())
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .configuration_bert_moe import BertMoeConfig
+from .configuration_dinov2_moe import Dinov2MoeConfig
 from .configuration_distilbert_moe import DistilBertMoeConfig
 from .configuration_electra_moe import ElectraMoeConfig
 from .configuration_gemma2_moe import Gemma2MoeConfig
@@ -25,10 +26,14 @@ from .configuration_phi_moe import PhiMoeConfig
 from .configuration_qwen2_moe import Qwen2UpcycledMoeConfig
 from .configuration_qwen3_moe import Qwen3UpcycledMoeConfig
 from .configuration_roberta_moe import RobertaMoeConfig
+from .configuration_vit_moe import ViTMoeConfig
+from .configuration_wav2vec2_moe import Wav2Vec2MoeConfig
+from .configuration_whisper_moe import WhisperMoeConfig
 from .configuration_xlm_roberta_moe import XLMRobertaMoeConfig
 
 _ALL = (
     BertMoeConfig,
+    Dinov2MoeConfig,
     DistilBertMoeConfig,
     ElectraMoeConfig,
     Gemma2MoeConfig,
@@ -46,6 +51,9 @@ _ALL = (
     Qwen2UpcycledMoeConfig,
     Qwen3UpcycledMoeConfig,
     RobertaMoeConfig,
+    ViTMoeConfig,
+    Wav2Vec2MoeConfig,
+    WhisperMoeConfig,
     XLMRobertaMoeConfig,
 )
 

@@ -3,7 +3,6 @@
 import math
 
 import torch
-from torch import nn
 from transformers import initialization as init
 from transformers.models.modernbert.modeling_modernbert import (
     ModernBertEncoderLayer,
@@ -37,11 +36,13 @@ class ModernBertMoeEncoderLayer(ModernBertEncoderLayer):
     def __init__(self, config, layer_idx=None):
         super().__init__(config, layer_idx=layer_idx)
         if layer_idx in config.moe_layer_indices:
-            block = MoeBlock(config, hidden_act=config.hidden_activation, gated=True, bias=config.mlp_bias)
-            # the dense network drops out of act(gate) * up, which is the same as out of act(gate)
-            dropout = nn.Dropout(config.mlp_dropout)
-            block.experts.act_fn = nn.Sequential(block.experts.act_fn, dropout)  # type: ignore[call-overload]
-            self.mlp = block  # type: ignore[assignment]
+            self.mlp = MoeBlock(  # type: ignore[assignment]
+                config,
+                hidden_act=config.hidden_activation,
+                gated=True,
+                bias=config.mlp_bias,
+                activation_dropout=config.mlp_dropout,
+            )
 
 
 class ModernBertMoePreTrainedModel(MoePreTrainedModelMixin, ModernBertPreTrainedModel):

@@ -29,6 +29,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
     CausalLMOutputWithPast,
+    ImageClassifierOutput,
     MaskedLMOutput,
     MultipleChoiceModelOutput,
     NextSentencePredictorOutput,
@@ -92,6 +93,12 @@ class RouterState:
     router_logits: tuple[torch.Tensor, ...] = ()
     token_mask: torch.Tensor | None = None
 
+    def fill(self, body, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None) -> None:
+        """`router_logits` are none where LayerDrop skipped every mixture."""
+        self.router_logits = router_logits
+        if router_logits:
+            self.token_mask = body.token_mask(attention_mask, router_logits[0].shape[0])
+
 
 def body_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Callable:
     """The dense body's `forward`, returning `router_logits` and filling a head's `router_state`.
@@ -110,10 +117,7 @@ def body_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
             _install_capturing(self)
         outputs = dense_forward(self, **kwargs, return_dict=True)
         if router_state is not None:
-            router_state.router_logits = outputs["router_logits"]
-            router_state.token_mask = _token_mask(
-                kwargs.get("attention_mask"), outputs[0].shape[-2], router_state.router_logits[0].shape[0]
-            )
+            router_state.fill(self, outputs["router_logits"], kwargs.get("attention_mask"))
         return _as_requested(self, output_class(**dict(outputs.items())), return_dict)
 
     return _own(forward, dense_forward, output_class)
@@ -127,6 +131,8 @@ def head_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
     step as Trainer counts it, by which the loss is then normalised, auxiliary part included.
     While training the losses are always computed, returned, and added to `loss`. In evaluation `loss` is the task's
     alone, so that it compares with a dense model's.
+
+    A body whose layers stand in a model of its own takes this as well: it then hands a head's `router_state` through.
     """
     names = _positional_names(dense_forward)
 
@@ -136,16 +142,21 @@ def head_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
         *args,
         output_router_logits: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        router_state: RouterState | None = None,
         **kwargs,
     ):
         kwargs.update(_named(names, args))
         return_dict = kwargs.pop("return_dict", None)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        router_state = RouterState() if output_router_logits or self.training else None
+        on_top = router_state is None
+        if on_top and (output_router_logits or self.training):
+            router_state = RouterState()
         outputs = dict(dense_forward(self, **kwargs, router_state=router_state, return_dict=True).items())
 
-        if router_state is not None:
+        if router_state is not None and router_state.token_mask is None:  # the mask ended above the layers
+            router_state.fill(self, router_state.router_logits, kwargs.get("attention_mask"))
+        if router_state is not None and on_top:
             logits, mask = router_state.router_logits, router_state.token_mask
             outputs["aux_loss"] = load_balancing_loss(logits, self.config.num_experts_per_tok, mask)
             outputs["z_loss"] = router_z_loss(logits, mask)
@@ -226,17 +237,6 @@ def _as_requested(model, outputs: ModelOutput, return_dict: bool | None):
     return outputs if return_dict else outputs.to_tuple()
 
 
-def _token_mask(attention_mask: Any, sequence_length: int, num_tokens: int) -> torch.Tensor | None:
-    """`attention_mask` as (T,) booleans: the last `sequence_length` columns (a cached mask is longer), flattened.
-
-    None where the mask says nothing about single tokens (a 4-D mask of additive values, say).
-    """
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim > 3:
-        return None
-    rows = attention_mask.reshape(-1, attention_mask.shape[-1])[:, -sequence_length:]
-    return rows.reshape(-1) != 0 if rows.numel() == num_tokens else None
-
-
 class MoeChunkLayerMixin:
     """Mixed in before a layer of BERT's form (`intermediate`, then `output` with norm, dropout and residual).
 
@@ -300,6 +300,18 @@ class MoePreTrainedModelMixin(_Base):
                 else:
                     init.normal_(parameter, mean=0.0, std=std)
 
+    def token_mask(self, attention_mask: Any, num_tokens: int) -> torch.Tensor | None:
+        """Which of the `num_tokens` that the routers see are real, (T,): the mask's last columns (a cached mask is
+        longer than the tokens), flattened. A body whose mask counts something else than its tokens overrides this.
+
+        None where the mask says nothing about single tokens (a 4-D mask of additive values, say).
+        """
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim > 3:
+            return None
+        rows = attention_mask.reshape(-1, attention_mask.shape[-1])
+        rows = rows[:, -(num_tokens // max(1, rows.shape[0])) :]
+        return rows.reshape(-1) != 0 if rows.numel() == num_tokens else None
+
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs=None, every_n_layers: int = 1, offload: bool = False
     ):
@@ -322,23 +334,32 @@ class MoePreTrainedModelMixin(_Base):
             self.loss_type = "ForCausalLM"  # Transformers reads it off the class name, which says LMHeadModel here
         super().post_init()
 
+    @property
+    def _loss_is_a_sum(self) -> bool:
+        """Whether the head's loss is a sum over the batch, whose parts need no weights."""
+        return False
+
     def _total_loss(self, outputs: dict, inputs: dict, num_items_in_batch) -> torch.Tensor:
         """The task's mean loss, plus the weighted auxiliary losses while training, as a share of the whole batch."""
         loss = outputs["loss"]
+        auxiliary = torch.zeros_like(loss)
         if self.training:
-            loss = loss + self.config.router_aux_loss_coef * outputs["aux_loss"].to(loss.device)
-            loss = loss + self.config.router_z_loss_coef * outputs["z_loss"].to(loss.device)
+            auxiliary = auxiliary + self.config.router_aux_loss_coef * outputs["aux_loss"].to(loss.device)
+            auxiliary = auxiliary + self.config.router_z_loss_coef * outputs["z_loss"].to(loss.device)
         shifted = inputs.get("shift_labels")
         labels = inputs.get("labels") if shifted is None else shifted
         if num_items_in_batch is None or labels is None:
-            return loss
+            return loss + auxiliary
         if shifted is None and LOSS_MAPPING.get(self.loss_type) is ForCausalLMLoss:
             labels = labels[..., 1:]
         num_labels = labels.ne(-100).sum().to(loss.device)  # as Trainer counts `num_items_in_batch`
         if isinstance(num_items_in_batch, torch.Tensor):
             num_items_in_batch = num_items_in_batch.to(loss.device)
-        # a batch whose labels are all ignored has a mean of 0/0: it counts nothing
-        return torch.where(num_labels > 0, loss, 0.0) * (num_labels / num_items_in_batch)
+        share = num_labels / num_items_in_batch
+        if not self._loss_is_a_sum:
+            # a batch whose labels are all ignored has a mean of 0/0: it counts nothing
+            loss = torch.where(num_labels > 0, loss, 0.0) * share
+        return loss + auxiliary * share
 
 
 @dataclass
@@ -388,6 +409,11 @@ class MoeCausalLMOutputWithCrossAttentions(RouterOutput, CausalLMOutputWithCross
 
 @dataclass
 class MoeCausalLMOutputWithPast(RouterOutput, CausalLMOutputWithPast):
+    pass
+
+
+@dataclass
+class MoeImageClassifierOutput(RouterOutput, ImageClassifierOutput):
     pass
 
 

@@ -45,6 +45,11 @@ class TopKRouter(nn.Module):
         return logits_TE, gates_TK, index_TK
 
 
+def _activation(name: str, dropout: float) -> nn.Module:
+    """Dropout of an activation; in gated networks of `act(gate) * up`, which comes to the same."""
+    return nn.Sequential(ACT2FN[name], nn.Dropout(dropout)) if dropout else ACT2FN[name]
+
+
 @use_experts_implementation(has_gate=False, has_bias=True)
 class _DispatchedExperts(nn.Module):
     """Runs `config._experts_implementation` ("grouped_mm", "batched_mm", …), or the loop below for "eager"."""
@@ -94,14 +99,16 @@ class MoeExperts(_DispatchedExperts):
     With `bias`: `up_proj_bias` (E, F) or `gate_up_proj_bias` (E, 2F), and `down_proj_bias` (E, D).
     """
 
-    def __init__(self, config, *, hidden_act: str, gated: bool = False, bias: bool = True):
+    def __init__(
+        self, config, *, hidden_act: str, gated: bool = False, bias: bool = True, activation_dropout: float = 0.0
+    ):
         super().__init__(config)
         self.has_gate = gated
         self.has_bias = bias
         self.num_experts = config.num_experts
         self.hidden_dim = config.hidden_size
         self.intermediate_dim = config.moe_intermediate_size
-        self.act_fn = ACT2FN[hidden_act]
+        self.act_fn = _activation(hidden_act, activation_dropout)
 
         E, D, F = self.num_experts, self.hidden_dim, self.intermediate_dim
         up_name, up_width = ("gate_up_proj", 2 * F) if gated else ("up_proj", F)
@@ -127,13 +134,13 @@ class MoeExperts(_DispatchedExperts):
 class SharedExpert(nn.Module):
     """The expert that every token visits, of width `shared_expert_intermediate_size`; arguments as in `MoeExperts`."""
 
-    def __init__(self, config, *, hidden_act: str, gated: bool, bias: bool):
+    def __init__(self, config, *, hidden_act: str, gated: bool, bias: bool, activation_dropout: float):
         super().__init__()
         D, F = config.hidden_size, config.shared_expert_intermediate_size
         self.gate_proj = nn.Linear(D, F, bias=bias) if gated else None
         self.up_proj = nn.Linear(D, F, bias=bias)
         self.down_proj = nn.Linear(F, D, bias=bias)
-        self.act_fn = ACT2FN[hidden_act]
+        self.act_fn = _activation(hidden_act, activation_dropout)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """(T, D) -> (T, D)."""
@@ -154,15 +161,29 @@ class MoeBlock(nn.Module):
         gated: whether the dense network is gated (`down(act(gate(x)) * up(x))`).
         bias: whether its projections have biases.
         dropout: the dense network's own output dropout, applied once, after the experts are combined.
+        activation_dropout: that of its activations, in each expert.
     """
 
-    def __init__(self, config, *, hidden_act: str, gated: bool = False, bias: bool = True, dropout: float = 0.0):
+    def __init__(
+        self,
+        config,
+        *,
+        hidden_act: str,
+        gated: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+        activation_dropout: float = 0.0,
+    ):
         super().__init__()
         self.gate = TopKRouter(config)
-        self.experts = MoeExperts(config, hidden_act=hidden_act, gated=gated, bias=bias)
-        self.shared_expert = None
-        if config.shared_expert_intermediate_size:
-            self.shared_expert = SharedExpert(config, hidden_act=hidden_act, gated=gated, bias=bias)
+        network: dict[str, Any] = {
+            "hidden_act": hidden_act,
+            "gated": gated,
+            "bias": bias,
+            "activation_dropout": activation_dropout,
+        }
+        self.experts = MoeExperts(config, **network)
+        self.shared_expert = SharedExpert(config, **network) if config.shared_expert_intermediate_size else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -216,5 +237,7 @@ def _token_mean(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.
 
 
 def _layer_mean(losses: list[torch.Tensor]) -> torch.Tensor:
-    """Layers may live on different devices; the mean is taken on the last one's, where the head is."""
+    """Layers may live on different devices; the mean is taken on the last one's, where the head is. 0 of no layers."""
+    if not losses:
+        return torch.zeros(())
     return torch.stack([loss.to(losses[-1].device) for loss in losses]).mean()

@@ -21,10 +21,14 @@ def expert_load(model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor
     model.eval()
     counts = torch.zeros(len(model.config.moe_layer_indices), model.config.num_experts, dtype=torch.float64)
     for inputs in batches:
-        kept = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).reshape(-1).bool()
         router_logits = model(**inputs, output_router_logits=True).router_logits
+        kept = model.token_mask(  # type: ignore[operator]
+            inputs.get("attention_mask"), router_logits[0].shape[0]
+        )
         for layer, logits_TE in enumerate(router_logits):
-            chosen = logits_TE[kept].topk(model.config.num_experts_per_tok, dim=-1).indices
+            if kept is not None:
+                logits_TE = logits_TE[kept]
+            chosen = logits_TE.topk(model.config.num_experts_per_tok, dim=-1).indices
             counts[layer] += torch.bincount(chosen.reshape(-1).cpu(), minlength=counts.shape[1])
     model.train(training)
     return counts / counts.sum(dim=1, keepdim=True)

@@ -1,6 +1,7 @@
 """The commands as a user types them: what they print, write and return."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,13 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
 
 import hf_moe
 from hf_moe.cli import main
 from hf_moe.errors import UsageError
-from tests.conftest import FAMILIES, batch
+from tests.conftest import FAMILIES, TEXT_FAMILIES, batch
+from tests.families import TESTED
 
 
 @pytest.fixture
@@ -44,7 +46,8 @@ def test_upcycle_inspect_verify(family, dense_folder, hf_moe_command, tmp_path):
     expected = {"config.json", "model.safetensors", "certificate.json", "recipe.yaml", "LICENSE.txt", "moe_layers.py"}
     names = {file.name for file in moe.iterdir()}
     assert expected <= names
-    assert "tokenizer_config.json" in names
+    assert ("tokenizer_config.json" in names) == (TESTED[family].tokenizer is not None)
+    assert ("preprocessor_config.json" in names) == (TESTED[family].preprocessor is not None)
 
     code, out, _ = hf_moe_command("inspect", moe, "--json")
     described = json.loads(out)
@@ -67,7 +70,7 @@ def test_upcycle_inspect_verify(family, dense_folder, hf_moe_command, tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"moe"}, "something was left behind"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_the_tokenizer_comes_along_and_knows_its_class(family, dense_folder, hf_moe_command, tmp_path):
     dense = tmp_path / "dense"
     dense.mkdir()
@@ -80,6 +83,23 @@ def test_the_tokenizer_comes_along_and_knows_its_class(family, dense_folder, hf_
     (tmp_path / "moe" / "config.json").unlink()  # a process without hf_moe can't use it
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "moe")
     assert tokenizer("the dog")["input_ids"] == AutoTokenizer.from_pretrained(dense)("the dog")["input_ids"]
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if TESTED[family].preprocessor is not None])
+def test_the_preprocessor_comes_along_and_knows_its_class(family, dense_folder, hf_moe_command, tmp_path):
+    dense = Path(shutil.copytree(dense_folder(family), tmp_path / "dense"))
+    kinds = {"image_processor_type": AutoImageProcessor, "feature_extractor_type": AutoFeatureExtractor}
+    [(name, auto_class)] = [item for item in kinds.items() if item[0] in TESTED[family].preprocessor]
+    settings = {key: value for key, value in TESTED[family].preprocessor.items() if key != name}
+    (dense / "preprocessor_config.json").write_text(json.dumps(settings))  # as old checkpoints are
+    assert hf_moe_command("upcycle", dense, tmp_path / "moe", "-q")[0] == 0
+    expected = auto_class.from_pretrained(dense).to_dict()
+    (tmp_path / "moe" / "preprocessor_config.json").replace(tmp_path / "moe" / "named.json")
+    shutil.copy(dense / "preprocessor_config.json", tmp_path / "moe")
+    assert auto_class.from_pretrained(tmp_path / "moe").to_dict() == expected  # by the mixture's configuration
+    (tmp_path / "moe" / "named.json").replace(tmp_path / "moe" / "preprocessor_config.json")
+    (tmp_path / "moe" / "config.json").unlink()  # a process without hf_moe can't use it
+    assert auto_class.from_pretrained(tmp_path / "moe").to_dict() == expected
 
 
 def test_dry_run_writes_nothing_and_tells_the_bytes(dense_folder, hf_moe_command, tmp_path):

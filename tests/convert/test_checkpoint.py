@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import hf_moe
+from hf_moe.convert import FAMILIES as TABLES
 from hf_moe.convert import open_checkpoint, plan_upcycle
 from hf_moe.recipe import UpcycleRecipe
 from tests.conftest import batch, dense_classes
@@ -81,6 +82,42 @@ def test_old_names_of_norms_and_buffers(dense_folder, tmp_path):
     assert made.certificate["passed"]
     assert list(made.plan.dropped) == ["bert.embeddings.position_ids"]
     assert not any(name.endswith(("gamma", "beta")) for name in load_file(made.path / "model.safetensors"))
+
+
+def test_wav2vec2_as_it_lies_on_the_hub(dense_folder, tmp_path):
+    """Its weight norm under the old names; no vector for SpecAugment, which only training uses."""
+    folder = copied(dense_folder("wav2vec2"), tmp_path / "dense")
+    old = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+
+    def age(name):
+        if not name.endswith("masked_spec_embed"):
+            yield next((name.replace(new, before) for new, before in old.items() if new in name), name)
+
+    rewrite(folder, age)
+    made = upcycled(folder, tmp_path)
+    assert made.certificate["passed"]
+    names = load_file(made.path / "model.safetensors").keys()
+    assert not any(name.endswith(("weight_g", "masked_spec_embed")) for name in names)
+    _, info = hf_moe.Wav2Vec2MoeForCTC.from_pretrained(made.path, output_loading_info=True)
+    assert info["missing_keys"] == {"wav2vec2.masked_spec_embed"}
+
+
+@pytest.mark.parametrize("name", TABLES["whisper"].encoder_of)
+def test_whisper_leaves_its_decoder_behind(name, tmp_path):
+    torch.manual_seed(0)
+    whole = getattr(transformers, name)(TESTED["whisper"].tiny(encoder_layers=1, decoder_layers=2))
+    whole.save_pretrained(tmp_path / "dense")
+    made = upcycled(tmp_path / "dense", tmp_path)
+    assert made.certificate["passed"]
+    assert made.certificate["dense"]["class"] == "WhisperEncoder"
+    assert all("decoder." in dropped for dropped in made.plan.dropped)
+    inputs = batch("whisper")
+    encoder = hf_moe.WhisperMoeEncoder.from_pretrained(made.path)
+    expected = whole.get_encoder().eval()(**inputs).last_hidden_state
+    torch.testing.assert_close(encoder(**inputs).last_hidden_state, expected)
+    head = hf_moe.WhisperMoeForAudioClassification.from_dense(tmp_path / "dense", num_experts=4, num_labels=3)
+    assert head(**inputs).logits.shape == (2, 3)
+    torch.testing.assert_close(head.encoder.eval()(**inputs).last_hidden_state, expected)
 
 
 def test_gpt2_as_it_lies_on_the_hub(dense_folder, tmp_path):

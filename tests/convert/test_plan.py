@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 import hf_moe
 from hf_moe.convert import FAMILIES as TABLES
 from hf_moe.convert import open_checkpoint, plan_upcycle
-from hf_moe.convert.classes import moe_classes
+from hf_moe.convert.classes import body_of, find_family, moe_classes
 from hf_moe.convert.experts import with_noise
 from hf_moe.convert.routers import calibrated_normal
 from hf_moe.convert.writer import split
-from hf_moe.errors import UsageError
+from hf_moe.errors import SourceError, UsageError
 from hf_moe.modeling import CONFIGS
 from hf_moe.recipe import UpcycleRecipe, parse_layers
-from tests.conftest import FAMILIES, batch, block_name
+from tests.conftest import FAMILIES, TEXT_FAMILIES, batch, block_name
 from tests.families import TESTED
 
 HEADS = [(family, name) for family in FAMILIES for name in sorted(moe_classes(TABLES[family]))]
@@ -71,12 +71,23 @@ def test_every_head_is_converted_exactly(family, name, dense_folder, tmp_path):
     assert certificate["moe"]["made_from_this_dense"]
     assert certificate["float32"]["max_rel"] <= max(1e-6, 2 * certificate["float32"]["dense_rounding"])
     assert certificate["float64"]["max_rel"] <= 1e-12
-    assert certificate["inputs"]["text"].startswith("10 texts")
+    reads_text = family in TEXT_FAMILIES
+    assert certificate["inputs"]["text"].startswith("10 texts" if reads_text else "none: the model reads ")
+    assert certificate["inputs"]["padding"] == ("attention_mask" in batch(family))
 
 
 @pytest.mark.parametrize(
-    ("family", "config"), [(family, config) for family, row in TESTED.items() for config in row.variants]
+    ("family", "name"), [(family, name) for family in FAMILIES for name in TABLES[family].refused]
 )
+def test_a_form_that_the_table_refuses(family, name, dense_folder, tmp_path):
+    with pytest.raises(SourceError, match=f"sets {name}, which can't be converted"):
+        hf_moe.upcycle(dense_folder(family, **{name: True}), tmp_path / "moe")
+
+
+VARIANTS = [(family, config) for family, row in TESTED.items() for config in row.variants]
+
+
+@pytest.mark.parametrize(("family", "config"), VARIANTS, ids=str)
 def test_variants_are_converted_exactly(family, config, dense_folder, tmp_path):
     made = hf_moe.upcycle(dense_folder(family, **config), tmp_path / "moe", num_experts=4, moe_layers=[0, 2])
     assert made.certificate["passed"]
@@ -166,6 +177,19 @@ def test_notes_warn_of_what_training_will_meet(dense_folder):
     checkpoint = open_checkpoint(dense_folder("bert"))
     notes = plan_upcycle(checkpoint, UpcycleRecipe(base_model="x", num_experts_per_tok=1)).notes
     assert any("top-k 1" in note for note in notes)
+
+
+@pytest.mark.parametrize(("family", "config"), [*((family, {}) for family in FAMILIES), *VARIANTS], ids=str)
+def test_the_norm_by_which_routers_are_calibrated_makes_their_inputs(family, config, dense_folder):
+    checkpoint = open_checkpoint(dense_folder(family, **config))
+    table = find_family(checkpoint)
+    model = getattr(transformers, TESTED[family].lm).from_pretrained(checkpoint.path)
+    layer = body_of(table, model).get_submodule(table.layer.format(layer=1))
+    seen = {}
+    layer.get_submodule(table.norm).register_forward_hook(lambda module, args, output: seen.update(norm=output))
+    layer.get_submodule(table.up).register_forward_pre_hook(lambda module, args: seen.update(up=args[0]))
+    model(**batch(family))
+    assert torch.equal(seen["up"].view_as(seen["norm"]), seen["norm"])  # OPT flattens them in between
 
 
 @settings(max_examples=25, deadline=None)

@@ -4,13 +4,19 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from tests.conftest import tiny_moe
+from tests.conftest import TEXT_FAMILIES, batch, tiny_moe
 
 ROWS, LENGTH = 4, 12
 
 
-def rows_for(name, *, equal):
+def rows_for(name, *, equal, family="bert"):
     """Four examples; `equal` ones balance alike in every split, others have labels of very different number."""
+    if family not in TEXT_FAMILIES:
+        inputs = batch(family, rows=ROWS, padding=False)
+        labels = torch.full((ROWS, 4), -100).where(torch.arange(4) > torch.arange(ROWS)[:, None], 7)
+        labels = labels if name.endswith("ForCTC") else torch.tensor([1, 0, 0, 1])
+        chosen = [0] * ROWS if equal else range(ROWS)
+        return [{**{key: value[row] for key, value in inputs.items()}, "labels": labels[row]} for row in chosen]
     generator = torch.Generator().manual_seed(3)
     rows = []
     for row in range(ROWS):
@@ -66,6 +72,11 @@ HEADS = [
     ("llama", "LlamaMoeForTokenClassification"),
     ("modernbert", "ModernBertMoeForMaskedLM"),
     ("mpnet", "MPNetMoeForMaskedLM"),
+    ("vit", "ViTMoeForImageClassification"),
+    ("dinov2", "Dinov2MoeForImageClassification"),
+    ("wav2vec2", "Wav2Vec2MoeForCTC"),
+    ("wav2vec2", "Wav2Vec2MoeForSequenceClassification"),
+    ("whisper", "WhisperMoeForAudioClassification"),
 ]
 BALANCED = {"router_aux_loss_coef": 1.0, "router_z_loss_coef": 1.0}
 TASK_ONLY = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
@@ -74,7 +85,7 @@ TASK_ONLY = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
 @pytest.mark.parametrize(("family", "name"), HEADS)
 @pytest.mark.parametrize(("equal", "losses"), [(True, BALANCED), (False, TASK_ONLY)], ids=["auxiliary", "task"])
 def test_gradients_do_not_depend_on_accumulation(family, name, equal, losses, tmp_path):
-    rows = rows_for(name, equal=equal)
+    rows = rows_for(name, equal=equal, family=family)
     whole, whole_loss = step(family, name, rows, 1, tmp_path, **losses)
     assert max(float(value.abs().max()) for value in whole.values()) > 1e-3
     for accumulation in (2, 4):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import hf_moe.modeling
-from tests.conftest import FAMILIES, batch, tiny_moe
+from tests.conftest import FAMILIES, assert_equal, batch, tiny_moe
 from tests.families import TESTED
 
 LOAD = """
@@ -73,15 +73,6 @@ def test_loads_and_saves_itself_without_hf_moe(family, stranger, tmp_path):
     configs = [json.loads((folder / "config.json").read_text()) for folder in (first, third)]
     assert configs[0]["auto_map"] == configs[1]["auto_map"]
     assert type(model).from_pretrained(third).config.num_experts == 4
-
-
-def assert_equal(got, expected):
-    assert len(got) == len(expected)
-    for one, other in zip(got, expected, strict=True):
-        if isinstance(one, torch.Tensor):
-            assert torch.equal(one, other)
-        elif isinstance(one, tuple):
-            assert_equal(one, other)
 
 
 HOME = Path(hf_moe.modeling.__file__).parent

@@ -5,7 +5,7 @@ import torch
 
 from hf_moe.routing.load import expert_load
 from hf_moe.routing.plots import load_heat_map
-from tests.conftest import FAMILIES, batch, tiny_moe
+from tests.conftest import FAMILIES, batch, real_tokens, tiny_moe
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -18,7 +18,7 @@ def test_load_counts_tokens_not_padding(family):
     model.eval()
     for inputs in batches:
         for layer, logits in enumerate(model(**inputs, output_router_logits=True).router_logits):
-            for token, kept in enumerate(inputs["attention_mask"].reshape(-1).tolist()):
+            for token, kept in enumerate(real_tokens(family, inputs).reshape(-1).tolist()):
                 for expert in logits[token].argsort(descending=True)[: 2 * kept].tolist():
                     counts[layer, expert] += 1
     torch.testing.assert_close(load, (counts / counts.sum(1, keepdim=True)).double())
