@@ -15,14 +15,14 @@ from transformers import AutoTokenizer
 
 import hf_moe
 from hf_moe.cli import main
-from hf_moe.convert import FAMILIES as TABLES
+from hf_moe.convert import TEXT_FAMILIES as TABLES
 from hf_moe.convert import fit, open_checkpoint, routers
 from hf_moe.convert.compare import capture_feed_forward, load_model, pad
 from hf_moe.convert.fusion_plan import plan_fuse
 from hf_moe.convert.tune import build_model
 from hf_moe.errors import SourceError, UsageError
 from hf_moe.recipe import FuseRecipe
-from tests.conftest import FAMILIES
+from tests.conftest import TEXT_FAMILIES
 from tests.families import TESTED
 
 TRAINED = ("bert", "llama")  # an encoder and a decoder
@@ -116,7 +116,7 @@ def block_of(model, family, layer):
     return model.base_model.get_submodule(f"{TABLES[family].layer.format(layer=layer)}.{TABLES[family].block}")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_every_expert_computes_what_its_checkpoint_does(family, changed, tmp_path):
     base, sources = changed(family)
     made = fused(base, [*sources, base], tmp_path / "moe", moe_layers=[0, 2])
