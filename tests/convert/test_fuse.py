@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 import hf_moe
 from hf_moe.cli import main
-from hf_moe.convert import TEXT_FAMILIES as TABLES
+from hf_moe.convert import FAMILIES as TABLES
 from hf_moe.convert import fit, open_checkpoint, routers
 from hf_moe.convert.compare import capture_feed_forward, load_model, pad
 from hf_moe.convert.fusion_plan import plan_fuse
