@@ -297,7 +297,7 @@ def test_negative_prompts_take_their_mean_away(tuned):
     means = []
     for text in ("dog cat", "war law", "war"):
         captured = capture_feed_forward(model, TABLES["bert"], pad("one", [tokenizer(text)["input_ids"]]))
-        means.append(captured[1][0][0].mean(0).double())
+        means.append(captured[1][0].mean(0).double())
     wanted = [means[0] - means[1], means[2]]
     one, other = (vector / vector.norm() for vector in wanted)
     difference = rows[1][0] - rows[1][1]
