@@ -12,10 +12,8 @@ from .mixture import is_mixture, open_mixture
 from .plan import Plan
 from .writer import split
 
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-
-# by the names of BERT, GPT-2, DistilBERT, Whisper
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "encoder_layers")
+# By the names of BERT, GPT-2, DistilBERT, GPT-Neo, Whisper
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -182,6 +182,14 @@ def test_the_neurons_that_fire_together_are_dealt_together(dense_folder, tmp_pat
     assert again["weights"]["identical"]
 
 
+def test_neurons_are_not_measured_on_text_that_the_model_does_not_read(dense_folder, tmp_path):
+    (tmp_path / "text.txt").write_text("war and peace\n")
+    options = {"granularity": 2, "partition": "coactivation", "calibration": str(tmp_path / "text.txt")}
+    with pytest.raises(UsageError, match="measures on text, but a vit reads pixel_values: choose another"):
+        hf_moe.upcycle(dense_folder("vit"), tmp_path / "moe", **options)
+    assert not (tmp_path / "moe").exists()
+
+
 def test_one_set_of_neurons_starts_anew_in_all_matrices(dense_folder, tmp_path):
     made = hf_moe.upcycle(dense_folder("llama"), tmp_path / "moe", drop_ratio=0.25, verify=False)
     copies = hf_moe.upcycle(dense_folder("llama"), tmp_path / "copies", verify=False)

@@ -88,6 +88,19 @@ def test_grouped_mm_runs_widths_that_its_kernel_refuses(width):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("shared", [0, 24])
+def test_activations_are_dropped_in_every_expert_and_in_training_only(implementation, gated, shared):
+    made = config(implementation, shared_expert_intermediate_size=shared)
+    form = {"hidden_act": "gelu", "gated": gated, "bias": False}
+    block, plain = fill(MoeBlock(made, **form, activation_dropout=1.0)), fill(MoeBlock(made, **form))
+    x = torch.randn(1, 7, 16)
+    assert torch.equal(block.train()(x), torch.zeros_like(x))
+    assert torch.equal(block.eval()(x), plain.eval()(x))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 def test_router_is_softmax_then_top_k(norm_topk_prob):
     router = fill(TopKRouter(config(norm_topk_prob=norm_topk_prob)))
