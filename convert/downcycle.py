@@ -11,13 +11,12 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_moe.errors import CertificateError, SourceError, UsageError
-from hf_moe.modeling import dense_type
 from hf_moe.modeling.configuration_moe import MoeConfigMixin
 
 from .blend import copied
 from .certificate import TOLERANCE, certify, explain
 from .checkpoint import open_checkpoint
-from .classes import make_config, moe_classes, variant_of
+from .classes import dense_class_of, make_config, variant_of
 from .conversion import Progress, copy_side_files
 from .families import FAMILIES
 from .headers import DTYPES
@@ -141,8 +140,7 @@ class DensePlan:
 def _dense_class(mixture: Mixture, model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     config = mixture.config
     if isinstance(config, MoeConfigMixin):
-        classes = moe_classes(FAMILIES[dense_type(type(config))])
-        return getattr(transformers, next(name for name, cls in classes.items() if cls is model_class))
+        return dense_class_of(model_class)
     if config.model_type not in DENSE_TYPES:
         raise UsageError(
             f"{mixture.checkpoint.path}: Transformers has no dense model with the layers of {config.model_type}."
