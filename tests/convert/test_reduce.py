@@ -62,7 +62,7 @@ def outputs(folder, dtype="float64"):
     model = compare.load_model(model_class, open_checkpoint(folder), dtype)
     family = "gpt2" if config.vocab_size == 300 else "bert"
     inputs = batch(family)
-    return compare.run_model(model, compare.Batch("random", **inputs))["logits"]
+    return compare.run_model(model, compare.Batch("random", inputs))["logits"]
 
 
 def difference(one, other, dtype="float64"):
