@@ -10,7 +10,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from hf_moe.errors import OutputError, UsageError
@@ -98,12 +98,13 @@ def whole_folder(output: Path, fingerprint: str, overwrite: bool) -> Iterator[tu
                     _replace(files, output, partial)
                 except BaseException as error:
                     if isinstance(error, Exception) or not journal.marks:
-                        shutil.rmtree(partial, ignore_errors=True)
+                        with suppress(OSError):
+                            _discard(partial)
                     else:
                         undo.pop_all()
                     raise
                 undo.pop_all()
-                shutil.rmtree(partial)
+                _discard(partial)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         raise OutputError(f"{output}: can't be written ({error.strerror or error}{where}).") from error
@@ -132,6 +133,15 @@ def _locked(partial: Path, output: Path) -> Iterator[None]:
 def _check_ours(partial: Path) -> None:
     if any(partial.iterdir()) and not (partial / JOURNAL_NAME).is_file():
         raise UsageError(f"{partial}: is in the way, and was not left by an interrupted run; move it.")
+
+
+def _discard(partial: Path) -> None:
+    """The journal last: it is by the journal that the next run would know the rest as ours."""
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+    (partial / JOURNAL_NAME).unlink(missing_ok=True)
+    partial.rmdir()
 
 
 def _restore(partial: Path, output: Path) -> None:
