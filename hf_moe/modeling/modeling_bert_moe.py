@@ -18,7 +18,6 @@ from transformers.models.bert.modeling_bert import (
     BertModel,
     BertPreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_bert_moe import BertMoeConfig
 from .modeling_moe import (
@@ -37,7 +36,6 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import TopKRouter
 
 
 @dataclass
@@ -57,10 +55,6 @@ class BertMoePreTrainedModel(MoePreTrainedModelMixin, BertPreTrainedModel):
     config: BertMoeConfig
     config_class = BertMoeConfig
     _no_split_modules = ["BertEmbeddings", "BertMoeLayer"]
-    _can_record_outputs = {
-        **BertPreTrainedModel._can_record_outputs,
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-    }
 
 
 class BertMoeModel(BertMoePreTrainedModel, BertModel):

@@ -10,7 +10,6 @@ from transformers.models.dinov2.modeling_dinov2 import (
     Dinov2Model,
     Dinov2PreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_dinov2_moe import Dinov2MoeConfig
 from .modeling_moe import (
@@ -23,7 +22,7 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import MoeBlock, TopKRouter
+from .moe_layers import MoeBlock
 
 
 @dataclass
@@ -34,10 +33,6 @@ class MoeBackboneOutput(RouterOutput, BackboneOutput):
 class Dinov2MoePreTrainedModel(MoePreTrainedModelMixin, Dinov2PreTrainedModel):
     config: Dinov2MoeConfig
     config_class = Dinov2MoeConfig
-    _can_record_outputs = {
-        **Dinov2PreTrainedModel._can_record_outputs,
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-    }
 
 
 class Dinov2MoeEncoder(Dinov2MoePreTrainedModel, Dinov2Encoder):

@@ -10,7 +10,6 @@ from transformers.models.distilbert.modeling_distilbert import (
     DistilBertPreTrainedModel,
     Transformer,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_distilbert_moe import DistilBertMoeConfig
 from .modeling_moe import (
@@ -25,7 +24,7 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import MoeBlock, TopKRouter
+from .moe_layers import MoeBlock
 
 
 class DistilBertMoeTransformer(Transformer):
@@ -39,10 +38,6 @@ class DistilBertMoePreTrainedModel(MoePreTrainedModelMixin, DistilBertPreTrained
     config: DistilBertMoeConfig
     config_class = DistilBertMoeConfig
     _no_split_modules = ["Embeddings", "TransformerBlock"]
-    _can_record_outputs = {
-        **DistilBertPreTrainedModel._can_record_outputs,
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-    }
 
 
 class DistilBertMoeModel(DistilBertMoePreTrainedModel, DistilBertModel):

@@ -17,7 +17,6 @@ from transformers.models.electra.modeling_electra import (
     ElectraModel,
     ElectraPreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_electra_moe import ElectraMoeConfig
 from .modeling_moe import (
@@ -35,7 +34,6 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import TopKRouter
 
 
 @dataclass
@@ -55,10 +53,6 @@ class ElectraMoePreTrainedModel(MoePreTrainedModelMixin, ElectraPreTrainedModel)
     config: ElectraMoeConfig
     config_class = ElectraMoeConfig
     _no_split_modules = []
-    _can_record_outputs = {
-        **ElectraPreTrainedModel._can_record_outputs,
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-    }
 
 
 class ElectraMoeModel(ElectraMoePreTrainedModel, ElectraModel):

@@ -9,7 +9,6 @@ from transformers.models.gemma2.modeling_gemma2 import (
     Gemma2Model,
     Gemma2PreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_gemma2_moe import Gemma2MoeConfig
 from .modeling_moe import (
@@ -23,7 +22,7 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import MoeBlock, TopKRouter
+from .moe_layers import MoeBlock
 
 
 class Gemma2MoeDecoderLayer(Gemma2DecoderLayer):
@@ -39,10 +38,6 @@ class Gemma2MoePreTrainedModel(MoePreTrainedModelMixin, Gemma2PreTrainedModel):
     config: Gemma2MoeConfig
     config_class = Gemma2MoeConfig
     _no_split_modules = ["Gemma2MoeDecoderLayer"]
-    _can_record_outputs = {
-        **Gemma2PreTrainedModel._can_record_outputs,
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-    }
 
 
 class Gemma2MoeModel(Gemma2MoePreTrainedModel, Gemma2Model):

@@ -8,7 +8,6 @@ from transformers.models.gemma3.modeling_gemma3 import (
     Gemma3TextForSequenceClassification,
     Gemma3TextModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_gemma3_text_moe import Gemma3TextMoeConfig
 from .modeling_moe import (
@@ -21,7 +20,7 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import MoeBlock, TopKRouter
+from .moe_layers import MoeBlock
 
 
 class Gemma3TextMoeDecoderLayer(Gemma3DecoderLayer):
@@ -37,10 +36,6 @@ class Gemma3TextMoePreTrainedModel(MoePreTrainedModelMixin, Gemma3PreTrainedMode
     config: Gemma3TextMoeConfig  # type: ignore[assignment]
     config_class = Gemma3TextMoeConfig
     _no_split_modules = ["Gemma3TextMoeDecoderLayer"]
-    _can_record_outputs = {
-        **Gemma3PreTrainedModel._can_record_outputs,
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-    }
 
 
 class Gemma3TextMoeModel(Gemma3TextMoePreTrainedModel, Gemma3TextModel):  # type: ignore[misc]

@@ -17,7 +17,6 @@ from transformers.models.gpt2.modeling_gpt2 import (
     GPT2Model,
     GPT2PreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_gpt2_moe import GPT2MoeConfig
 from .modeling_moe import (
@@ -32,7 +31,8 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import MoeBlock, MoeExperts, TopKRouter
+from .moe_experts import MoeExperts
+from .moe_layers import MoeBlock
 
 
 @dataclass
@@ -53,10 +53,6 @@ class GPT2MoePreTrainedModel(MoePreTrainedModelMixin, GPT2PreTrainedModel):
     config: GPT2MoeConfig
     config_class = GPT2MoeConfig
     _no_split_modules = ["GPT2MoeBlock"]
-    _can_record_outputs = {
-        **GPT2PreTrainedModel._can_record_outputs,
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-    }
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -10,7 +10,6 @@ from transformers.models.gpt_neo.modeling_gpt_neo import (
     GPTNeoModel,
     GPTNeoPreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_gpt_neo_moe import GPTNeoMoeConfig
 from .modeling_moe import (
@@ -26,7 +25,7 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import MoeBlock, TopKRouter
+from .moe_layers import MoeBlock
 
 
 class GPTNeoMoeBlock(GPTNeoBlock):
@@ -42,7 +41,6 @@ class GPTNeoMoePreTrainedModel(MoePreTrainedModelMixin, GPTNeoPreTrainedModel):
     config: GPTNeoMoeConfig
     config_class = GPTNeoMoeConfig
     _no_split_modules = ["GPTNeoMoeBlock"]
-    _can_record_outputs = {"router_logits": OutputRecorder(TopKRouter, index=0)}
 
 
 class GPTNeoMoeModel(GPTNeoMoePreTrainedModel, GPTNeoModel):

@@ -10,7 +10,6 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
     GPTNeoXModel,
     GPTNeoXPreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_gpt_neox_moe import GPTNeoXMoeConfig
 from .modeling_moe import (
@@ -24,7 +23,7 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import MoeBlock, TopKRouter
+from .moe_layers import MoeBlock
 
 
 class GPTNeoXMoeLayer(GPTNeoXLayer):
@@ -38,10 +37,6 @@ class GPTNeoXMoePreTrainedModel(MoePreTrainedModelMixin, GPTNeoXPreTrainedModel)
     config: GPTNeoXMoeConfig
     config_class = GPTNeoXMoeConfig
     _no_split_modules = ["GPTNeoXMoeLayer"]
-    _can_record_outputs = {
-        **GPTNeoXPreTrainedModel._can_record_outputs,
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-    }
 
 
 class GPTNeoXMoeModel(GPTNeoXMoePreTrainedModel, GPTNeoXModel):

@@ -9,7 +9,6 @@ from transformers.models.gptj.modeling_gptj import (
     GPTJModel,
     GPTJPreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_gptj_moe import GPTJMoeConfig
 from .modeling_moe import (
@@ -24,7 +23,7 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import MoeBlock, TopKRouter
+from .moe_layers import MoeBlock
 
 
 class GPTJMoeBlock(GPTJBlock):
@@ -40,7 +39,6 @@ class GPTJMoePreTrainedModel(MoePreTrainedModelMixin, GPTJPreTrainedModel):
     config: GPTJMoeConfig
     config_class = GPTJMoeConfig
     _no_split_modules = ["GPTJMoeBlock"]
-    _can_record_outputs = {"router_logits": OutputRecorder(TopKRouter, index=0)}
 
 
 class GPTJMoeModel(GPTJMoePreTrainedModel, GPTJModel):

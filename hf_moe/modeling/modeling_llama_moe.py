@@ -10,7 +10,6 @@ from transformers.models.llama.modeling_llama import (
     LlamaModel,
     LlamaPreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_llama_moe import LlamaMoeConfig
 from .modeling_moe import (
@@ -25,7 +24,7 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import MoeBlock, TopKRouter
+from .moe_layers import MoeBlock
 
 
 class LlamaMoeDecoderLayer(LlamaDecoderLayer):
@@ -41,10 +40,6 @@ class LlamaMoePreTrainedModel(MoePreTrainedModelMixin, LlamaPreTrainedModel):
     config: LlamaMoeConfig
     config_class = LlamaMoeConfig
     _no_split_modules = ["LlamaMoeDecoderLayer"]
-    _can_record_outputs = {
-        **LlamaPreTrainedModel._can_record_outputs,
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-    }
 
 
 class LlamaMoeModel(LlamaMoePreTrainedModel, LlamaModel):

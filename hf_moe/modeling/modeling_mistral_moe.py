@@ -10,7 +10,6 @@ from transformers.models.mistral.modeling_mistral import (
     MistralModel,
     MistralPreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_mistral_moe import MistralMoeConfig
 from .modeling_moe import (
@@ -25,7 +24,7 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import MoeBlock, TopKRouter
+from .moe_layers import MoeBlock
 
 
 class MistralMoeDecoderLayer(MistralDecoderLayer):
@@ -39,10 +38,6 @@ class MistralMoePreTrainedModel(MoePreTrainedModelMixin, MistralPreTrainedModel)
     config: MistralMoeConfig
     config_class = MistralMoeConfig
     _no_split_modules = ["MistralMoeDecoderLayer"]
-    _can_record_outputs = {
-        **MistralPreTrainedModel._can_record_outputs,
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-    }
 
 
 class MistralMoeModel(MistralMoePreTrainedModel, MistralModel):

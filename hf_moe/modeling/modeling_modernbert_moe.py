@@ -14,7 +14,6 @@ from transformers.models.modernbert.modeling_modernbert import (
     ModernBertModel,
     ModernBertPreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_modernbert_moe import ModernBertMoeConfig
 from .modeling_moe import (
@@ -29,7 +28,8 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import MoeBlock, MoeExperts, TopKRouter
+from .moe_experts import MoeExperts
+from .moe_layers import MoeBlock
 
 
 class ModernBertMoeEncoderLayer(ModernBertEncoderLayer):
@@ -49,10 +49,6 @@ class ModernBertMoePreTrainedModel(MoePreTrainedModelMixin, ModernBertPreTrained
     config: ModernBertMoeConfig
     config_class = ModernBertMoeConfig
     _no_split_modules = ["ModernBertEmbeddings", "ModernBertMoeEncoderLayer"]
-    _can_record_outputs = {
-        **ModernBertPreTrainedModel._can_record_outputs,
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-    }
 
     @torch.no_grad()
     def _init_weights(self, module):

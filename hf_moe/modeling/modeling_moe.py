@@ -39,9 +39,12 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.utils import ModelOutput, logging
-from transformers.utils.output_capturing import capture_outputs, maybe_install_capturing_hooks
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
-from .moe_layers import MoeBlock, MoeExperts, TopKRouter, load_balancing_loss, router_z_loss
+from .moe_experts import MoeExperts
+from .moe_layers import MoeBlock
+from .moe_losses import load_balancing_loss, router_z_loss
+from .moe_routers import TopKRouter
 
 logger = logging.get_logger(__name__)
 
@@ -277,9 +280,17 @@ class MoePreTrainedModelMixin(_Base):
     # Set by the hf_moe package: conversion does not travel with a checkpoint.
     from_dense: ClassVar[Any]
 
+    def __init_subclass__(cls, **kwargs):
+        """Every class records what the dense classes it is made of record, and its routers' logits."""
+        super().__init_subclass__(**kwargs)
+        recorded: dict[str, Any] = {}
+        for base in reversed(cls.__mro__):
+            recorded |= vars(base).get("_can_record_outputs") or {}
+        cls._can_record_outputs = {**recorded, "router_logits": OutputRecorder(TopKRouter, index=0)}
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """Transformers would look for the decorator in this class's own file; ours is in moe_layers.py."""
+        """Transformers would look for the decorator in this class's own file; ours is in moe_experts.py."""
         return True
 
     def _initialize_weights(self, module, is_custom_code: bool = False):

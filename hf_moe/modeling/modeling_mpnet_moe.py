@@ -11,7 +11,6 @@ from transformers.models.mpnet.modeling_mpnet import (
     MPNetModel,
     MPNetPreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_mpnet_moe import MPNetMoeConfig
 from .modeling_moe import (
@@ -28,7 +27,7 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import MoeBlock, TopKRouter
+from .moe_layers import MoeBlock
 
 
 class MPNetMoeEncoder(MPNetEncoder):
@@ -45,7 +44,6 @@ class MPNetMoePreTrainedModel(MoePreTrainedModelMixin, MPNetPreTrainedModel):
     config: MPNetMoeConfig
     config_class = MPNetMoeConfig
     _no_split_modules = ["MPNetEmbeddings", "MPNetLayer"]
-    _can_record_outputs = {"router_logits": OutputRecorder(TopKRouter, index=0)}
 
 
 class MPNetMoeModel(MPNetMoePreTrainedModel, MPNetModel):

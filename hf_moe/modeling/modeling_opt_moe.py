@@ -13,7 +13,6 @@ from transformers.models.opt.modeling_opt import (
     OPTModel,
     OPTPreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_opt_moe import OPTMoeConfig
 from .modeling_moe import (
@@ -26,7 +25,7 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import MoeBlock, TopKRouter
+from .moe_layers import MoeBlock
 
 
 class OPTMoeDecoderLayer(OPTDecoderLayer):
@@ -48,10 +47,6 @@ class OPTMoePreTrainedModel(MoePreTrainedModelMixin, OPTPreTrainedModel):
     config: OPTMoeConfig
     config_class = OPTMoeConfig
     _no_split_modules = ["OPTMoeDecoderLayer"]
-    _can_record_outputs = {
-        **OPTPreTrainedModel._can_record_outputs,
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-    }
 
 
 class OPTMoeDecoder(OPTMoePreTrainedModel, OPTDecoder):

@@ -9,7 +9,6 @@ from transformers.models.phi.modeling_phi import (
     PhiModel,
     PhiPreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_phi_moe import PhiMoeConfig
 from .modeling_moe import (
@@ -23,7 +22,7 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import MoeBlock, TopKRouter
+from .moe_layers import MoeBlock
 
 
 class PhiMoeDecoderLayer(PhiDecoderLayer):
@@ -37,10 +36,6 @@ class PhiMoePreTrainedModel(MoePreTrainedModelMixin, PhiPreTrainedModel):
     config: PhiMoeConfig
     config_class = PhiMoeConfig
     _no_split_modules = ["PhiMoeDecoderLayer"]
-    _can_record_outputs = {
-        **PhiPreTrainedModel._can_record_outputs,
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-    }
 
 
 class PhiMoeModel(PhiMoePreTrainedModel, PhiModel):

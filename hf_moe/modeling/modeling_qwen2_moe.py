@@ -10,7 +10,6 @@ from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2Model,
     Qwen2PreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_qwen2_moe import Qwen2UpcycledMoeConfig
 from .modeling_moe import (
@@ -25,7 +24,7 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import MoeBlock, TopKRouter
+from .moe_layers import MoeBlock
 
 
 class Qwen2UpcycledMoeDecoderLayer(Qwen2DecoderLayer):
@@ -39,10 +38,6 @@ class Qwen2UpcycledMoePreTrainedModel(MoePreTrainedModelMixin, Qwen2PreTrainedMo
     config: Qwen2UpcycledMoeConfig
     config_class = Qwen2UpcycledMoeConfig
     _no_split_modules = ["Qwen2UpcycledMoeDecoderLayer"]
-    _can_record_outputs = {
-        **Qwen2PreTrainedModel._can_record_outputs,
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-    }
 
 
 class Qwen2UpcycledMoeModel(Qwen2UpcycledMoePreTrainedModel, Qwen2Model):

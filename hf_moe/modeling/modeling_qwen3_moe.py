@@ -10,7 +10,6 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Model,
     Qwen3PreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_qwen3_moe import Qwen3UpcycledMoeConfig
 from .modeling_moe import (
@@ -25,7 +24,7 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import MoeBlock, TopKRouter
+from .moe_layers import MoeBlock
 
 
 class Qwen3UpcycledMoeDecoderLayer(Qwen3DecoderLayer):
@@ -39,10 +38,6 @@ class Qwen3UpcycledMoePreTrainedModel(MoePreTrainedModelMixin, Qwen3PreTrainedMo
     config: Qwen3UpcycledMoeConfig
     config_class = Qwen3UpcycledMoeConfig
     _no_split_modules = ["Qwen3UpcycledMoeDecoderLayer"]
-    _can_record_outputs = {
-        **Qwen3PreTrainedModel._can_record_outputs,
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-    }
 
 
 class Qwen3UpcycledMoeModel(Qwen3UpcycledMoePreTrainedModel, Qwen3Model):

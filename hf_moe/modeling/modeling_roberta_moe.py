@@ -13,7 +13,6 @@ from transformers.models.roberta.modeling_roberta import (
     RobertaModel,
     RobertaPreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_roberta_moe import RobertaMoeConfig
 from .modeling_moe import (
@@ -30,7 +29,6 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import TopKRouter
 
 
 class RobertaMoeLayer(MoeChunkLayerMixin, RobertaLayer):
@@ -45,10 +43,6 @@ class RobertaMoePreTrainedModel(MoePreTrainedModelMixin, RobertaPreTrainedModel)
     config: RobertaMoeConfig
     config_class = RobertaMoeConfig
     _no_split_modules = ["RobertaEmbeddings", "RobertaMoeLayer"]
-    _can_record_outputs = {
-        **RobertaPreTrainedModel._can_record_outputs,
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-    }
 
 
 class RobertaMoeModel(RobertaMoePreTrainedModel, RobertaModel):

@@ -9,7 +9,6 @@ from transformers.models.vit.modeling_vit import (
     ViTModel,
     ViTPreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_vit_moe import ViTMoeConfig
 from .modeling_moe import (
@@ -21,7 +20,7 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import MoeBlock, TopKRouter
+from .moe_layers import MoeBlock
 
 
 @dataclass
@@ -32,10 +31,6 @@ class MoeMaskedImageModelingOutput(RouterOutput, MaskedImageModelingOutput):
 class ViTMoePreTrainedModel(MoePreTrainedModelMixin, ViTPreTrainedModel):
     config: ViTMoeConfig
     config_class = ViTMoeConfig
-    _can_record_outputs = {
-        **ViTPreTrainedModel._can_record_outputs,
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-    }
 
 
 class ViTMoeModel(ViTMoePreTrainedModel, ViTModel):

@@ -13,7 +13,6 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import (
     Wav2Vec2Model,
     Wav2Vec2PreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_wav2vec2_moe import Wav2Vec2MoeConfig
 from .modeling_moe import (
@@ -25,7 +24,7 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import MoeBlock, TopKRouter
+from .moe_layers import MoeBlock
 
 
 @dataclass
@@ -51,10 +50,6 @@ class MoeXVectorOutput(RouterOutput, XVectorOutput):
 class Wav2Vec2MoePreTrainedModel(MoePreTrainedModelMixin, Wav2Vec2PreTrainedModel):
     config: Wav2Vec2MoeConfig
     config_class = Wav2Vec2MoeConfig
-    _can_record_outputs = {
-        **Wav2Vec2PreTrainedModel._can_record_outputs,
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-    }
 
     def token_mask(self, attention_mask, num_tokens):
         """The mask is over samples, of which many make a frame."""

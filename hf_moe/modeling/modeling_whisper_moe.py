@@ -8,7 +8,6 @@ from transformers.models.whisper.modeling_whisper import (
     WhisperForAudioClassification,
     WhisperPreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_whisper_moe import WhisperMoeConfig
 from .modeling_moe import (
@@ -19,7 +18,7 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import MoeBlock, TopKRouter
+from .moe_layers import MoeBlock
 
 
 class WhisperMoePreTrainedModel(MoePreTrainedModelMixin, WhisperPreTrainedModel):
@@ -27,10 +26,6 @@ class WhisperMoePreTrainedModel(MoePreTrainedModelMixin, WhisperPreTrainedModel)
     config_class = WhisperMoeConfig
     base_model_prefix = "encoder"
     _no_split_modules = ["WhisperEncoderLayer"]
-    _can_record_outputs = {
-        **WhisperEncoder._can_record_outputs,
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-    }
 
 
 class WhisperMoeEncoder(WhisperMoePreTrainedModel, WhisperEncoder):

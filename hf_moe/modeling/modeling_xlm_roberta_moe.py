@@ -13,7 +13,6 @@ from transformers.models.xlm_roberta.modeling_xlm_roberta import (
     XLMRobertaModel,
     XLMRobertaPreTrainedModel,
 )
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_xlm_roberta_moe import XLMRobertaMoeConfig
 from .modeling_moe import (
@@ -30,7 +29,6 @@ from .modeling_moe import (
     head_forward,
     rebind,
 )
-from .moe_layers import TopKRouter
 
 
 class XLMRobertaMoeLayer(MoeChunkLayerMixin, XLMRobertaLayer):
@@ -45,10 +43,6 @@ class XLMRobertaMoePreTrainedModel(MoePreTrainedModelMixin, XLMRobertaPreTrained
     config: XLMRobertaMoeConfig
     config_class = XLMRobertaMoeConfig
     _no_split_modules = ["XLMRobertaEmbeddings", "XLMRobertaMoeLayer"]
-    _can_record_outputs = {
-        **XLMRobertaPreTrainedModel._can_record_outputs,
-        "router_logits": OutputRecorder(TopKRouter, index=0),
-    }
 
 
 class XLMRobertaMoeModel(XLMRobertaMoePreTrainedModel, XLMRobertaModel):

@@ -14,7 +14,8 @@ from PIL import Image
 from transformers import AutoTokenizer, StaticCache, pipeline
 
 import hf_moe
-from hf_moe.modeling.moe_layers import TopKRouter, load_balancing_loss
+from hf_moe.modeling.moe_losses import load_balancing_loss
+from hf_moe.modeling.moe_routers import TopKRouter
 from tests.conftest import (
     FAMILIES,
     TEXT_FAMILIES,

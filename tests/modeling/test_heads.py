@@ -13,7 +13,8 @@ from hf_moe.convert import FAMILIES as TABLES
 from hf_moe.convert.classes import body_classes
 from hf_moe.modeling import CONFIGS
 from hf_moe.modeling.modeling_moe import rebind
-from hf_moe.modeling.moe_layers import MoeBlock, load_balancing_loss
+from hf_moe.modeling.moe_layers import MoeBlock
+from hf_moe.modeling.moe_losses import load_balancing_loss
 from tests.conftest import (
     FAMILIES,
     assert_equal,

@@ -8,7 +8,10 @@ from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from hf_moe import BertMoeConfig
-from hf_moe.modeling.moe_layers import MoeBlock, MoeExperts, TopKRouter, load_balancing_loss, router_z_loss
+from hf_moe.modeling.moe_experts import MoeExperts
+from hf_moe.modeling.moe_layers import MoeBlock
+from hf_moe.modeling.moe_losses import load_balancing_loss, router_z_loss
+from hf_moe.modeling.moe_routers import TopKRouter
 
 SHAPES = [(False, True), (True, False), (True, True), (False, False)]  # gated, bias
 

@@ -76,7 +76,7 @@ def test_loads_and_saves_itself_without_hf_moe(family, stranger, tmp_path):
 
 
 HOME = Path(hf_moe.modeling.__file__).parent
-TRAVELLERS = [*sorted(HOME.glob("*_moe.py")), HOME / "moe_layers.py"]
+TRAVELLERS = [*sorted(HOME.glob("*_moe.py")), *sorted(HOME.glob("moe_*.py"))]
 
 
 @pytest.mark.parametrize("file", TRAVELLERS, ids=lambda file: file.name)
