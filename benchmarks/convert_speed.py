@@ -2,16 +2,18 @@
 
     make bench-convert          (or: python benchmarks/convert_speed.py [--runs 3] [--shapes llama gpt2 …])
 
-Random-weight checkpoints are made on the spot: Llama's shape in bfloat16 (2048 hidden, 5632 inner, 22 layers: 1.1 B
-parameters; half and twice as many layers show whether memory grows) to 4 experts, GPT-2 XL's in float32 to 8. In each
-round, one after the other, each a process of its own:
+Random-weight checkpoints in bfloat16 are made on the spot: Llama's shape (2048 hidden, 5632 inner, 22 layers: 1.1 B
+parameters; half and twice as many layers show whether memory grows) to 4 experts, GPT-2 XL's to 8. In each round, one
+after the other, each a process of its own:
 
-- the limit: `cat` of the finished output's shards into one file, synced;
+- the limit: `cat` of the finished output's shards into one file, synced; and the same past the page cache (`dd` with
+  `oflag=direct`), since on some machines one of the two is several times slower;
 - `hf-moe upcycle`, without and with the manifest (sha256 of every file), neither verified;
 - `mergekit-moe` (Llama's shape), in an environment of its own that is made in `--mergekit`.
 
-Ours is given twice: the whole process, and the conversion alone, as a program pays that has imported hf_moe already;
-the limit is to be held against the latter, mergekit-moe against the former. Writes `convert_speed.json`.
+Both are given twice: the whole process, and the conversion alone, without the imports (of mergekit-moe: without what
+`--help` takes, which imports the same). The limit is to be held against the conversion alone. Writes
+`convert_speed.json`.
 """
 
 import argparse
@@ -45,12 +47,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 MAKE = """
 import json, sys, torch, transformers
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 name, values, folder = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 cls = getattr(transformers, name + "Config")
 model_class = transformers.LlamaForCausalLM if name == "Llama" else transformers.GPT2LMHeadModel
-dtype = torch.bfloat16 if name == "Llama" else torch.float32
 config = cls(**values)
-config.architectures, config.dtype = [model_class.__name__], dtype
+config.architectures, config.dtype = [model_class.__name__], torch.bfloat16
 with torch.device("meta"):
     shapes = {name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
 if config.tie_word_embeddings:
@@ -61,9 +64,10 @@ names, weight_map, size = list(shapes), {}, 0
 parts = [names[i::4] for i in range(4)]
 for i, part in enumerate(parts):
     file = f"model-{i + 1:05d}-of-00004.safetensors"
-    tensors = {name: (torch.randn(shapes[name]) * 0.02).to(dtype) for name in part}
+    tensors = {name: (torch.randn(shapes[name]) * 0.02).bfloat16() for name in part}
     save_file(tensors, f"{folder}/{file}", metadata={"format": "pt"})
     weight_map |= dict.fromkeys(part, file)
+Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(f"{folder}/tokenizer.json")  # mergekit-moe wants one
 json.dump({"metadata": {}, "weight_map": weight_map}, open(f"{folder}/model.safetensors.index.json", "w"))
 """
 
@@ -84,16 +88,22 @@ experts:
 """ + "".join(f"  - source_model: {{dense}}\n    positive_prompts: ['{word}']\n" for word in "abcd")
 
 
+LIMITS = {
+    "limit": "cat {shards} > {copy} && sync {copy}",
+    "limit, direct": "cat {shards} | dd of={copy} bs=16M iflag=fullblock oflag=direct conv=fsync status=none",
+}
+
+
 def run(*command: str) -> dict[str, float]:
     """Wall seconds and peak resident MB of one process; `inside`: the number it printed, if it did."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     printed = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     if status:
-        raise RuntimeError(f"exit status {status} of: {' '.join(command)[:300]}")
+        raise RuntimeError(f"exit status {status} of: {' '.join(command)[:300]}\n{printed[-2000:]}")
     found = {"seconds": seconds, "peak_mb": usage.ru_maxrss / 1024}
     with contextlib.suppress(IndexError, ValueError):
         found["inside"] = float(printed.strip().splitlines()[-1])
@@ -120,19 +130,20 @@ def measure(name: str, runs: int, folder: Path, mergekit: Path | None) -> dict[s
             written = sum(file.stat().st_size for file in output.glob("*.safetensors"))
             if manifest == "yes":
                 shutil.rmtree(output)
-        settle()
         shards = " ".join(str(file) for file in sorted(output.glob("*.safetensors")))
         copy = folder / "copy"
-        found.setdefault("limit", []).append(run("sh", "-c", f"cat {shards} > {copy} && sync {copy}"))
-        copy.unlink()
+        for label, command in LIMITS.items():
+            settle()
+            found.setdefault(label, []).append(run("sh", "-c", command.format(shards=shards, copy=copy)))
+            copy.unlink()
         shutil.rmtree(output)
         if mergekit is not None and shape.get("mergekit"):
             recipe = folder / "recipe.yaml"
             recipe.write_text(RECIPE.format(dense=dense))
             settle()
-            found.setdefault("mergekit-moe", []).append(
-                run(str(mergekit), str(recipe), str(peer), "--no-copy-tokenizer")
-            )
+            start = run(str(mergekit), "--help")["seconds"]
+            whole = run(str(mergekit), str(recipe), str(peer), "--no-copy-tokenizer")
+            found.setdefault("mergekit-moe", []).append({**whole, "inside": whole["seconds"] - start})
             shutil.rmtree(peer)
     shutil.rmtree(dense)
     return {"bytes": written, "runs": runs, **{label: summary(several) for label, several in found.items()}}

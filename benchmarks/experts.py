@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hf_moe.modeling.moe_layers import MoeExperts
+from hf_moe.modeling.moe_experts import MoeExperts
 from tests.modeling.test_layers import config, fill, naive_experts, outputs_and_gradients
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModel
 import hf_moe
 from hf_moe.convert import open_checkpoint
 from hf_moe.convert.blend import Blend, average
-from hf_moe.convert.compare import sample_texts
+from hf_moe.convert.texts import sample_texts
 from hf_moe.convert.usage import Text, compare_quality, load_for_text, open_text, quality_of
 
 
