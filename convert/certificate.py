@@ -27,7 +27,7 @@ from .compare import (
 )
 from .manifest import update_manifest
 from .plan import Plan
-from .scheme import EXACT
+from .scheme import EXACT, NOT_PRESERVING
 from .weights import compare_weights, plan_of
 
 CERTIFICATE_NAME = "certificate.json"
@@ -74,8 +74,9 @@ def certify(
     Raises:
         SourceError: where `moe` is no mixture of `dense`, or one of them does not load.
     """
-    plan = plan or plan_of(dense, moe)
-    read_deals(plan, moe)
+    if plan is None:
+        plan = plan_of(dense, moe)
+        read_deals(plan, moe)
     wants_copies = tolerance is None
     judged = not plan.donors or plan.exactness.kind == EXACT
     progress("comparing weights")
@@ -121,6 +122,7 @@ def certify(
             "passed": (weights["identical"] or not wants_copies)
             and (not judged or all(run["passed"] for run in runs.values())),
             "judged": judged,
+            "start": str(plan.exactness),
             "dense": {
                 "source": dense.source,
                 "revision": dense.revision,
@@ -174,12 +176,13 @@ def explain(certificate: dict[str, Any]) -> str:
     """The verdict in one line."""
     parts = [f"{dtype} {certificate[dtype]['max_rel']:.1e}" for dtype in ("float32", "float64")]
     weights, judged = certificate["weights"], certificate.get("judged", True)
+    keeps = judged and not certificate.get("start", EXACT).startswith(NOT_PRESERVING)
     line = f"largest relative difference{'' if judged else ' from the base'}: {', '.join(parts)}"
     if weights["identical"]:
-        wanted = "the dense ones" if judged else "as planned"
+        wanted = "the dense ones" if keeps else "as planned"
         line = f"all {weights['compared']} tensors but the routers are {wanted}; {line}"
     else:
-        line = f"{line}; {weights['different'][0]!r} is not {'the dense one' if judged else 'as planned'}"
+        line = f"{line}; {weights['different'][0]!r} is not {'the dense one' if keeps else 'as planned'}"
     if greedy := certificate["float32"].get("greedy"):
         same = f"{greedy['identical']} of {greedy['prompts']} prompts"
         line += f"; {greedy['new_tokens']} greedy tokens the same for {same}"
