@@ -1,5 +1,6 @@
 """The documents: every command and every piece of Python in them runs, in the order they stand."""
 
+import ast
 import re
 import shlex
 import shutil
@@ -60,3 +61,26 @@ def test_the_families_of_the_documents_are_those_of_the_code():
     usage = (ROOT / "docs" / "usage.md").read_text()
     listed = re.findall(r"^\| .+ \| `([\w-]+)` \| all that Transformers has", usage, re.MULTILINE)
     assert sorted(listed) == sorted(FAMILIES)
+
+
+def test_the_example_of_a_family_is_the_code():
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    files = [ROOT / file for file in re.findall(r"\]\(((?:hf_moe|convert)/\S+\.py)\)", contributing)]
+    held = [line.partition("  #")[0] for file in files for line in file.read_text().splitlines()]
+    [_, example, *_] = re.split(r"```(?:python)?\n", contributing)
+    assert len(files) == 3
+    assert [line for line in example.splitlines() if line not in held] == []
+    statements = sum(count_statement_lines(file.read_text()) for file in files)
+    assert f"{statements} lines of statements" in contributing
+    assert statements < 80
+
+
+def count_statement_lines(source: str) -> int:
+    """Lines that are neither blank nor an import, a module's docstring or `__all__`."""
+    lines = set(range(1, len(source.splitlines()) + 1))
+    for node in ast.parse(source).body:
+        names = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        docstring = isinstance(node, ast.Expr)
+        if names or docstring or isinstance(node, ast.Import | ast.ImportFrom):
+            lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return sum(bool(source.splitlines()[line - 1].strip()) for line in lines)
