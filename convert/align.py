@@ -21,13 +21,6 @@ def by_neuron(weight: torch.Tensor, role: str) -> torch.Tensor:
     return weight[:, None] if weight.ndim == 1 else (weight.T if role == "down" else weight)
 
 
-def reordered(weight: torch.Tensor, role: str, order_F: torch.Tensor | None) -> torch.Tensor:
-    """A projection or bias with its neurons in `order_F` (None: as they are)."""
-    if order_F is None or (role == "down" and weight.ndim == 1):
-        return weight
-    return weight[:, order_F] if role == "down" else weight[order_F]
-
-
 def find_order(reference: Rows, other: Rows, held: Iterable[tuple[str, str]]) -> torch.Tensor | None:
     """(F,): which neuron of `other` stands for each of `reference`, so that their squared distance is smallest.
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .align import Rows, by_neuron, find_order, reordered
-from .experts import scaled
+from .align import Rows, by_neuron, find_order
+from .experts import scaled, take_neurons
 from .headers import DTYPES
 from .mixture import Mixture
 from .plan import TensorPlan
@@ -47,7 +47,7 @@ class Blend:
         return len(next(iter(self.groups.values())))
 
     def _old(self, layer: int, role: str, kind: str, group: Group, old: int) -> torch.Tensor:
-        return reordered(self.mixture.projection(layer, role, kind, old), role, self._order(layer, group, old))
+        return take_neurons(self.mixture.projection(layer, role, kind, old), role, self._order(layer, group, old))
 
     def _order(self, layer: int, group: Group, old: int) -> torch.Tensor | None:
         if old == group[0][0]:

@@ -8,8 +8,7 @@ from safetensors.torch import load_file, save_file
 from hf_moe.errors import SourceError, UsageError
 
 from .checkpoint import Checkpoint
-from .classes import body_of
-from .compare import load_model, make_batches, run_model
+from .compare import load_model, make_batches, run_model, watch_networks
 from .plan import Plan
 from .texts import read_texts
 
@@ -39,22 +38,13 @@ def coactivation(plan: Plan) -> dict[int, torch.Tensor]:
     batch, mask = batches[0], batches[0].mask
     if batch.name != "text" or mask is None:
         raise UsageError(f"{plan.recipe.calibration}: can't be read with the source's tokenizer ({note}).")
-    fired: dict[int, torch.Tensor] = {}
-    handles = []
-    for layer in plan.networks:
-        down = body_of(plan.family, model).get_submodule(f"{plan.family.layer.format(layer=layer)}.{plan.family.down}")
-
-        def keep(module, args, layer=layer):
-            kept = args[0].reshape(-1, args[0].shape[-1])[mask.bool().reshape(-1)]
-            fired[layer] = kept[:MAX_TOKENS].abs().T.contiguous()
-
-        handles.append(down.register_forward_pre_hook(keep))
-    try:
+    with watch_networks(model, plan.family, plan.networks, "hidden") as seen:
         run_model(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return fired
+    real = mask.bool().flatten()
+    return {
+        layer: values[0].flatten(0, -2)[real][:MAX_TOKENS].abs().T.contiguous()
+        for layer, values in seen["hidden"].items()
+    }
 
 
 def write_deals(plan: Plan, folder: Path) -> None:

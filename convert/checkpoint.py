@@ -74,7 +74,7 @@ class Checkpoint:
         config: `config.json` as it stands.
         tensors: name -> where it lies, in the order of the files.
         digests: weights file -> sha256, where it is known already.
-        origin, origin_sha256: the GGUF file that the folder was made from, and its digest.
+        gguf, gguf_sha256: the GGUF file that the folder was made from, and its digest.
     """
 
     path: Path
@@ -83,8 +83,13 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     digests: dict[str, str] = field(default_factory=dict)
-    origin: Path | None = None
-    origin_sha256: str | None = None
+    gguf: Path | None = None
+    gguf_sha256: str | None = None
+
+    @property
+    def origin(self) -> Path:
+        """What the user has named: the folder, or the GGUF file."""
+        return self.gguf or self.path
 
     @property
     def files(self) -> list[Path]:
@@ -104,8 +109,8 @@ class Checkpoint:
     @cached_property
     def sha256(self) -> dict[str, str]:
         """Digest of each weights file, as `sha256sum` prints it; of the GGUF file, where the weights come from one."""
-        if self.origin is not None and self.origin_sha256 is not None:
-            return {self.origin.name: self.origin_sha256}
+        if self.gguf is not None and self.gguf_sha256 is not None:
+            return {self.gguf.name: self.gguf_sha256}
         return {file.name: self.digests.get(file.name) or file_sha256(file) for file in self.files}
 
     @property

@@ -76,6 +76,13 @@ def dense_class_of(moe_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return moe_class.__bases__[1]
 
 
+def sister_name(model_class: type[PreTrainedModel], config_class: type[PretrainedConfig]) -> str:
+    """The name that `model_class`'s head has in the family of `config_class`."""
+    configs: tuple[Any, Any] = (model_class.config_class, config_class)
+    old, new = (cls.__name__.removesuffix("Config") for cls in configs)
+    return new + model_class.__name__.removeprefix(old)
+
+
 def moe_classes(family: Family) -> dict[str, type[PreTrainedModel]]:
     """Name of each dense class of the family -> the mixture's class."""
     module = modeling_module(family.config_class)

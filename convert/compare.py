@@ -1,17 +1,17 @@
 """Two models on the same inputs: loading, running, and every way their outputs may differ."""
 
+import itertools
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 import torch
 import transformers
 from torch.nn import functional
-from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from hf_moe.errors import SourceError
 
@@ -19,8 +19,8 @@ from .checkpoint import Checkpoint
 from .classes import body_of
 from .families import Family
 from .quiet import quiet
+from .texts import load_tokenizer, longest_text, sample_texts, tokenize
 
-MAX_TOKENS = 128  # of one text
 RANDOM_LENGTHS = (64, 48, 17, 3)
 RANDOM_FRAMES = (64, 48, 33, 17)  # of sound: some heads take windows of up to 15 frames
 RANDOM_ROWS = 2  # of inputs that all have one size
@@ -51,11 +51,6 @@ class Batch:
         return self.mask is not None and not self.mask.all()
 
 
-def sample_texts() -> list[str]:
-    """Ten sentences of the public domain, of 7 to 60 words."""
-    return files("hf_moe.convert").joinpath("sample.txt").read_text(encoding="utf-8").splitlines()
-
-
 def make_batches(
     dense: Checkpoint,
     config: PretrainedConfig,
@@ -83,29 +78,17 @@ def make_batches(
 
 
 def token_ids(checkpoint: Checkpoint, config: PretrainedConfig, texts: list[str]) -> tuple[list[list[int]], str]:
-    """Of each text, cut off at `MAX_TOKENS`; none, where there is no tokenizer that works. And why, in words."""
+    """Of each text, cut off where it is too long; none, where there is no tokenizer that works. And why, in words."""
     if not checkpoint.has_tokenizer:
         return [], "none: the source has no tokenizer"
-    longest = _longest(config)
     try:
-        tokenizer = load_tokenizer(checkpoint)
-        ids = [tokenizer(text, truncation=True, max_length=longest)["input_ids"] for text in texts]
+        ids = tokenize(load_tokenizer(checkpoint), config, texts)
     except Exception as error:  # tokenizers raise it bare; the random ids will do
         return [], f"none: the source's tokenizer does not work ({type(error).__name__})"
     ids = [row for row in ids if row and max(row) < config.vocab_size]
     if not ids:
         return [], "none: the tokenizer's ids do not fit the model's vocabulary"
     return ids, f"{len(ids)} texts, {sum(map(len, ids))} tokens"
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    with quiet():
-        return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
-
-
-def _longest(config: PretrainedConfig) -> int:
-    positions = getattr(config, "max_position_embeddings", None) or MAX_TOKENS + 2
-    return max(1, min(MAX_TOKENS, positions - 2))  # RoBERTa counts positions from 2
 
 
 def pad(name: str, rows: list[list[int]]) -> Batch:
@@ -124,7 +107,7 @@ def _mask(lengths: list[int]) -> torch.Tensor:
 
 
 def _random_ids(config, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    lengths = [min(length, _longest(config)) for length in RANDOM_LENGTHS]
+    lengths = [min(length, longest_text(config)) for length in RANDOM_LENGTHS]
     return _padded([torch.randint(0, config.vocab_size, (n,), generator=generator).tolist() for n in lengths])
 
 
@@ -343,22 +326,21 @@ def _likelihoods(dense: torch.Tensor, moe: torch.Tensor, batch: Batch) -> dict[s
 
 
 @contextmanager
-def _hooked(dense: PreTrainedModel, family: Family, seen: dict[str, list[torch.Tensor]]) -> Iterator[None]:
-    """Keeps what goes in and out of every layer's feed-forward network at each call, as `N.in` and `N.out`."""
+def watch_networks(
+    dense: PreTrainedModel, family: Family, layers: Iterable[int], *places: str
+) -> Iterator[dict[str, dict[int, list[torch.Tensor]]]]:
+    """Keeps what passes `places` of each layer's feed-forward network ("in", "hidden", "out"), one tensor a call."""
+    seen: dict[str, dict[int, list[torch.Tensor]]] = {place: defaultdict(list) for place in places}
     handles = []
-    for index in range(dense.config.num_hidden_layers):
-        layer = body_of(family, dense).get_submodule(family.layer.format(layer=index))
+    for layer, place in itertools.product(layers, places):
+        name = f"{family.layer.format(layer=layer)}.{family.up if place == 'in' else family.down}"
 
-        def keep_in(module, args, index=index):
-            seen[f"{index}.in"].append(args[0].flatten(0, -2))
+        def keep(module, args, output, layer=layer, place=place):
+            seen[place][layer].append(output if place == "out" else args[0])
 
-        def keep_out(module, args, output, index=index):
-            seen[f"{index}.out"].append(output.flatten(0, -2))
-
-        handles.append(layer.get_submodule(family.up).register_forward_pre_hook(keep_in))
-        handles.append(layer.get_submodule(family.down).register_forward_hook(keep_out))
+        handles.append(body_of(family, dense).get_submodule(name).register_forward_hook(keep))
     try:
-        yield
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
@@ -368,8 +350,11 @@ def capture_feed_forward(
     dense: PreTrainedModel, family: Family, batch: Batch
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """What goes in and out of each layer's feed-forward network, (T, D) both."""
-    seen: dict[str, list[torch.Tensor]] = defaultdict(list)
-    with _hooked(dense, family, seen):
-        run_model(dense, batch)
     layers = range(dense.config.num_hidden_layers)
-    return {i: (torch.cat(seen[f"{i}.in"]), torch.cat(seen[f"{i}.out"])) for i in layers}
+    with watch_networks(dense, family, layers, "in", "out") as seen:
+        run_model(dense, batch)
+
+    def together(place: str, layer: int) -> torch.Tensor:
+        return torch.cat([values.flatten(0, -2) for values in seen[place][layer]])
+
+    return {layer: (together("in", layer), together("out", layer)) for layer in layers}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
@@ -102,6 +102,7 @@ def run(
     plan = plan_upcycle(checkpoint, recipe)
     plan.check()
     if recipe.partition == "coactivation":
+        check_output(output.expanduser(), [checkpoint.origin], plan.nbytes, overwrite)
         plan.features.update(coactivation(plan))
 
     def finish(folder: Path) -> None:
@@ -166,7 +167,7 @@ def write_checkpoint(
     output = output.expanduser()
     shards = split(tensors, recipe.max_shard_size)
     nbytes = sum(file_bytes(held) for held in shards.values())
-    check_output(output, [source.origin or source.path for source in sources], nbytes, overwrite)
+    check_output(output, [source.origin for source in sources], nbytes, overwrite)
     with whole_folder(output, _fingerprint(shards, sources, recipe, fitted), overwrite) as (folder, journal):
         progress.stage("writing")
         progress.total(nbytes)
@@ -216,15 +217,18 @@ def _write_beside(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
 
 def write_beside(plan: Plan, checkpoint: Checkpoint, recipe: Any, folder: Path) -> None:
     """Configuration, code, `recipe`, and what comes along from `checkpoint`."""
-    plan.config.to_json_file(folder / "config.json")
-    if isinstance(plan.config, MoeConfigMixin):
-        plan.config.save_code(folder)
+    write_config(plan.config, checkpoint, plan.family.model_type, folder)
     (folder / RECIPE_NAME).write_text(recipe.to_yaml(), encoding="utf-8")
-    copy_side_files(checkpoint, plan.family.model_type, folder)
 
 
-def copy_side_files(checkpoint: Checkpoint, model_type: str, folder: Path) -> None:
-    """Tokenizer, processors, generation configuration, licence, as the source has them."""
+def write_config(config: PretrainedConfig, checkpoint: Checkpoint, model_type: str, folder: Path) -> None:
+    """Configuration and code; tokenizer, processors, generation configuration and licence as `checkpoint` has them.
+
+    What says nowhere which tokenizer or processor it is gets the one of `model_type`.
+    """
+    config.to_json_file(folder / "config.json")
+    if isinstance(config, MoeConfigMixin):
+        config.save_code(folder)
     for file in checkpoint.side_files:
         shutil.copyfile(file, folder / file.name)
     if checkpoint.has_tokenizer:

@@ -16,8 +16,8 @@ from hf_moe.modeling.configuration_moe import MoeConfigMixin
 from .blend import copied
 from .certificate import TOLERANCE, certify, explain
 from .checkpoint import open_checkpoint
-from .classes import dense_class_of, make_config, variant_of
-from .conversion import Progress, copy_side_files
+from .classes import dense_class_of, make_config, sister_name, variant_of
+from .conversion import Progress, write_config
 from .families import FAMILIES
 from .headers import DTYPES
 from .mixture import Mixture
@@ -48,6 +48,7 @@ def downcycle(
     by: str = "auto",
     text: str | os.PathLike[str] | None = None,
     verify: bool = True,
+    revision: str | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     manifest: bool = True,
@@ -66,7 +67,7 @@ def downcycle(
             "best", the one that is sent most; "auto": by usage where there is a text, else the average.
         text: a file with a passage a line, on which the model runs before and after.
         verify: whether a result that should be exact is held against `source` (the certificate).
-        max_shard_size, overwrite, manifest, progress: as in `upcycle`.
+        revision, max_shard_size, overwrite, manifest, progress: as in `upcycle`.
 
     Raises:
         UsageError, SourceError, OutputError: where it can't be done, in one line; nothing is written.
@@ -80,6 +81,7 @@ def downcycle(
         "downcycle",
         source,
         output,
+        revision=revision,
         overwrite=overwrite,
         manifest=manifest,
         max_shard_size=max_shard_size,
@@ -92,10 +94,6 @@ def downcycle(
     rebuild = plan_rebuild(job, by)
     plan = _plan(rebuild, dense_class)
 
-    def write_config(folder: Path) -> None:
-        plan.config.to_json_file(folder / "config.json")
-        copy_side_files(job.checkpoint, plan.config.model_type, folder)
-
     def certified(folder: Path, digests: dict[str, str]) -> dict[str, Any]:
         made = replace(open_checkpoint(folder), source=job.output.name, digests=digests)
         certificate = certify(made, job.checkpoint, tolerance=TOLERANCE, progress=job.progress.stage)
@@ -107,7 +105,7 @@ def downcycle(
         plan.tensors,
         lambda tensor: pieces(tensor, plan),
         {**rebuild.blend.decisions(), "routed": rebuild.routed, "shared": rebuild.shared},
-        write_config,
+        lambda folder: write_config(plan.config, job.checkpoint, plan.config.model_type, folder),
         dense_class,
         {
             "by": rebuild.by,
@@ -146,8 +144,7 @@ def _dense_class(mixture: Mixture, model_class: type[PreTrainedModel]) -> type[P
             f"{mixture.checkpoint.path}: Transformers has no dense model with the layers of {config.model_type}."
         )
     dense_config = transformers.CONFIG_MAPPING[DENSE_TYPES[config.model_type][0]]
-    old, new = (cls.__name__.removesuffix("Config") for cls in (type(config), dense_config))
-    name = new + model_class.__name__.removeprefix(old)
+    name = sister_name(model_class, dense_config)
     if not hasattr(transformers, name):
         raise UsageError(f"{mixture.checkpoint.path}: Transformers has no {name}.")
     return getattr(transformers, name)

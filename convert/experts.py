@@ -7,7 +7,7 @@ import torch
 
 
 def take_neurons(weight: torch.Tensor, role: str, neurons: torch.Tensor | None) -> torch.Tensor:
-    """The share that an expert with these `neurons` (None: all) has of a matrix or bias."""
+    """A matrix or bias with only these `neurons`, in this order (None: all, as they are)."""
     if neurons is None or (role == "down" and weight.ndim == 1):
         return weight
     return weight[:, neurons] if role == "down" else weight[neurons]

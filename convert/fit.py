@@ -1,24 +1,22 @@
 """Routers fitted to text: what the base model's feed-forward networks see of each expert's passages."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_moe.errors import SourceError, UsageError
 from hf_moe.recipe import FuseRecipe
 
-from .checkpoint import Checkpoint
-from .compare import MAX_TOKENS, Batch, load_model, pad
+from .classes import body_of
+from .compare import Batch, load_model, pad, watch_networks
 from .network import is_finite
 from .plan import Plan
-from .quiet import quiet
 from .routers import GATES, class_means, shrunk_covariance, spread
-from .texts import read_texts
+from .texts import load_tokenizer, read_texts, tokenize
 
 RANDOM_GATES = ("random", "uniform_random")
 PROMPT_GATES = ("hidden", "cheap_embed")
@@ -69,28 +67,13 @@ def read_passages(recipe: FuseRecipe) -> list[Passages]:
     return made
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """Raises SourceError where there is none that works."""
-    if not checkpoint.has_tokenizer:
-        raise SourceError(f"{checkpoint.path}: has no tokenizer, which prompts and texts are read with.")
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raise it bare
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise SourceError(f"{checkpoint.path}: its tokenizer does not load ({reason}).") from error
-
-
 def token_ids(plan: Plan, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
-    """One row a text, none of it longer than `MAX_TOKENS`, or than the model.
+    """One row a text that has any, cut off where it is too long.
 
     Raises:
         SourceError: where the vocabulary has not the ids.
     """
-    positions = getattr(plan.config, "max_position_embeddings", None) or MAX_TOKENS + 2
-    longest = max(1, min(MAX_TOKENS, positions - 2))
-    rows = [tokenizer(text, truncation=True, max_length=longest)["input_ids"] for text in texts]
-    rows = [row for row in rows if row]
+    rows = [row for row in tokenize(tokenizer, plan.config, texts) if row]
     if any(max(row) >= plan.config.vocab_size for row in rows):
         raise SourceError(f"{plan.source.checkpoint.path}: its tokenizer gives ids that the model has no rows for.")
     return rows
@@ -143,29 +126,11 @@ def _within(rows: list[list[int]], tokens: int) -> Iterator[list[int]]:
         tokens -= len(row)
 
 
-@contextmanager
-def _kept_inputs(model: PreTrainedModel, plan: Plan, seen: dict[int, torch.Tensor]) -> Iterator[None]:
-    handles = []
-    for layer in plan.networks:
-        up = model.base_model.get_submodule(f"{plan.family.layer.format(layer=layer)}.{plan.family.up}")
-
-        def keep(module, args, layer=layer):
-            seen[layer] = args[0]
-
-        handles.append(up.register_forward_pre_hook(keep))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def _feed_forward_inputs(model: PreTrainedModel, plan: Plan, batch: Batch) -> dict[int, torch.Tensor]:
-    seen: dict[int, torch.Tensor] = {}
-    with _kept_inputs(model, plan, seen):
-        model.base_model(**batch.inputs)
-    return seen
+    with watch_networks(model, plan.family, plan.networks, "in") as seen:
+        body_of(plan.family, model)(**batch.inputs)
+    return {layer: values[0] for layer, values in seen["in"].items()}
 
 
 def fit_routers(plan: Plan, recipe: FuseRecipe) -> tuple[dict[int, torch.Tensor], dict[str, Any]]:

@@ -73,7 +73,7 @@ def run(
     plan = plan_fuse(recipe)
     plan.check()
     sources = sources_of(plan)
-    check_output(output.expanduser(), [source.path for source in sources], plan.nbytes, overwrite)
+    check_output(output.expanduser(), [source.origin for source in sources], plan.nbytes, overwrite)
     plan, routing = with_routers(plan, recipe, progress)
     base = sources[0]
 

@@ -12,11 +12,12 @@ from hf_moe.errors import HfMoeError, UsageError
 from hf_moe.recipe import ExpertRecipe, FuseRecipe, UpcycleRecipe
 
 from .checkpoint import VOCABULARIES, Checkpoint, open_checkpoint
-from .fit import PROMPT_GATES, RANDOM_GATES, load_tokenizer, read_passages
+from .fit import PROMPT_GATES, RANDOM_GATES, read_passages
 from .headers import FLOATS
 from .network import KINDS
 from .plan import Plan, TensorPlan, notes_on, plan_upcycle, widest
 from .scheme import NOT_PRESERVING, Exactness
+from .texts import load_tokenizer
 
 RANDOM_LOGIT_STD = 0.1
 COMPARED = 2**20  # numbers at a time

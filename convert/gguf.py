@@ -50,7 +50,7 @@ def open_gguf(file: Path) -> Checkpoint:
     if not folder.is_dir():
         model, tokenizer = _load(file, header)
         _save(model, tokenizer, folder, file)
-    return replace(open_checkpoint(folder), source=file.name, origin=file, origin_sha256=sha256)
+    return replace(open_checkpoint(folder), source=file.name, gguf=file, gguf_sha256=sha256)
 
 
 def _check_header(file: Path, header: GgufHeader) -> None:

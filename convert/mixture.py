@@ -17,8 +17,8 @@ from .classes import make_config
 from .families import FAMILIES
 from .forms import Form, our_form, separate_form
 from .headers import TensorInfo
-
-KINDS = ("weight", "bias")
+from .names import check_layers, layer_pattern
+from .network import KINDS
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _config(checkpoint: Checkpoint) -> PretrainedConfig:
 def _find(checkpoint: Checkpoint, layout: Layout) -> tuple[tuple[int, ...], str, str, Form]:
     """The layers that have a router, what stands before their names, and the form their tensors have."""
     for block, form in layout.blocks:
-        router = re.compile(rf"(.*?){_layer(layout)}\.{re.escape(form.router.format(block=block))}")
+        router = re.compile(rf"(.*?){layer_pattern(layout.layer)}\.{re.escape(form.router.format(block=block))}")
         held = [match for name in checkpoint.tensors if (match := router.fullmatch(name))]
         first = next(iter(form.experts)).format(block=block, expert=0) + form.endings["weight"]
         if held and held[0][0].replace(form.router.format(block=block), first) in checkpoint.tensors:
@@ -197,22 +197,13 @@ def _find(checkpoint: Checkpoint, layout: Layout) -> tuple[tuple[int, ...], str,
 
 def _check_layers(checkpoint: Checkpoint, config: PretrainedConfig, layout: Layout, layers: tuple[int, ...]) -> None:
     """(Counted among the tensors first: a configuration may promise layers by the billion.)"""
-    pattern = re.compile(rf"(?:^|\.){_layer(layout)}\.")
-    held = {int(match[1]) for name in checkpoint.tensors if (match := pattern.search(name))}
-    if len(held) != config.num_hidden_layers:
-        raise SourceError(
-            f"{checkpoint.path}: config.json says {config.num_hidden_layers} layers, but the weights hold {len(held)}."
-        )
+    check_layers(checkpoint, checkpoint.tensors, layout.layer, config.num_hidden_layers)
     promised = mixture_layers(config)
     if promised != list(layers):
         raise SourceError(
             f"{checkpoint.path}: config.json says that layers {promised} are mixtures, but the weights have routers "
             f"in layers {list(layers)}."
         )
-
-
-def _layer(layout: Layout) -> str:
-    return re.escape(layout.layer).replace(re.escape("{layer}"), r"(\d+)")
 
 
 def mixture_layers(config: PretrainedConfig) -> list[int]:

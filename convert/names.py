@@ -106,10 +106,19 @@ def _check_tensor(checkpoint: Checkpoint, info: TensorInfo, meta: torch.Tensor) 
 
 def check_layer_count(checkpoint: Checkpoint, family: Family, num_hidden_layers: int) -> None:
     """Before anything is built from the configuration: it may promise layers by the billion."""
-    layer = re.escape(family.layer).replace(re.escape("{layer}"), r"(\d+)")
-    pattern = re.compile(rf"(?:^|\.){layer}\.")
     kept = [_renamed(name, family) for name in checkpoint.tensors if not _why_dropped(name, family)]
-    held = {int(match[1]) for name in kept if (match := pattern.search(name))}
+    check_layers(checkpoint, kept, family.layer, num_hidden_layers)
+
+
+def layer_pattern(layer: str) -> str:
+    """A regular expression for names of `layer` ("h.{layer}", say), whose only group is the number."""
+    return re.escape(layer).replace(re.escape("{layer}"), r"(\d+)")
+
+
+def check_layers(checkpoint: Checkpoint, names: Iterable[str], layer: str, num_hidden_layers: int) -> None:
+    """Raises SourceError where `names` are not of so many layers, counted from 0."""
+    pattern = re.compile(rf"(?:^|\.){layer_pattern(layer)}\.")
+    held = {int(match[1]) for name in names if (match := pattern.search(name))}
     if held != set(range(len(held))) or len(held) != num_hidden_layers:
         raise SourceError(
             f"{checkpoint.path}: config.json says {num_hidden_layers} layers, but the weights hold {len(held)}."

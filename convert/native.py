@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hf_moe.errors import UsageError
 from hf_moe.recipe import UpcycleRecipe
 
-from .classes import make_config
+from .classes import make_config, sister_name
 from .forms import Form
 from .mixture import NATIVE
 from .scheme import Scheme
@@ -184,7 +184,7 @@ def choose_target(
     facts = _facts(recipe, dense_config, layers, scheme)
     why_not: list[str] = []
     for native in CANDIDATES.get(dense_config.model_type, ()):
-        name = _class_name(native, dense_class, dense_config)
+        name = sister_name(dense_class, native.config_class)
         if reasons := [*_misfits(native, name, dense_config, facts)]:
             why_not.append(f"{name} does not fit: {'; '.join(reasons)}")
         else:
@@ -207,12 +207,6 @@ def _facts(recipe: UpcycleRecipe, dense_config: PretrainedConfig, layers: list[i
         "expert_width": scheme.expert_width,
         "shared_width": scheme.shared_width,
     }
-
-
-def _class_name(native: Native, dense_class: type[PreTrainedModel], dense_config: PretrainedConfig) -> str:
-    """The dense class's name with the native family's in the place of its own."""
-    old, new = (cls.__name__.removesuffix("Config") for cls in (type(dense_config), native.config_class))
-    return new + dense_class.__name__.removeprefix(old)
 
 
 def _misfits(native: Native, name: str, dense_config: PretrainedConfig, facts: dict[str, Any]) -> Iterable[str]:

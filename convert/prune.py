@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
 from hf_moe.errors import UsageError
-from hf_moe.modeling.configuration_moe import MoeConfigMixin
 
-from .align import group, reordered
+from .align import group
 from .blend import Blend, Group, order_between, pieces, plan_tensors, weighted
-from .conversion import Progress, copy_side_files
+from .conversion import Progress, write_config
+from .experts import take_neurons
 from .mixture import Mixture
 from .reduce import Job, Reduced, copy_size, open_job
 
@@ -28,6 +27,7 @@ def prune(
     num_experts: int,
     text: str | os.PathLike[str],
     by: str = "usage",
+    revision: str | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     manifest: bool = True,
@@ -45,14 +45,14 @@ def prune(
         num_experts: how many are left in each layer. Where they are fewer than a token visits, it visits all.
         text: a file with a passage a line, on which the model runs before and after.
         by: "usage" or "activation".
-        max_shard_size, overwrite, manifest, progress: as in `upcycle`.
+        revision, max_shard_size, overwrite, manifest, progress: as in `upcycle`.
 
     Raises:
         UsageError, SourceError, OutputError: where it can't be done, in one line; nothing is written.
     """
     if by not in BY:
         raise UsageError(f"by is {by!r}; choose from {', '.join(BY)}.")
-    job = _open("prune", source, output, num_experts, max_shard_size, overwrite, manifest, progress)
+    job = _open("prune", source, output, num_experts, revision, max_shard_size, overwrite, manifest, progress)
     size = copy_size(job.mixture)
     job.run_text(Path(text), norms=by == "activation")
     scores = job.usage.counts if by == "usage" else job.usage.norms
@@ -70,6 +70,7 @@ def merge_experts(
     *,
     num_experts: int,
     text: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     manifest: bool = True,
@@ -85,7 +86,7 @@ def merge_experts(
     One matrix of all experts of a layer is in memory at a time. Arguments and errors as in `prune`; without `text`
     nothing is run or measured, which needs gates that are renormalised.
     """
-    job = _open("merge-experts", source, output, num_experts, max_shard_size, overwrite, manifest, progress)
+    job = _open("merge-experts", source, output, num_experts, revision, max_shard_size, overwrite, manifest, progress)
     mixture = job.mixture
     if text is None and not mixture.norm_topk_prob:
         raise UsageError(
@@ -106,13 +107,14 @@ def merge_experts(
     return _write(job, groups, num_experts, {})
 
 
-def _open(verb, source, output, num_experts, max_shard_size, overwrite, manifest, progress) -> Job:
+def _open(verb, source, output, num_experts, revision, max_shard_size, overwrite, manifest, progress) -> Job:
     if type(num_experts) is not int:
         raise UsageError(f"num_experts is {num_experts!r}, but must be a whole number.")
     job = open_job(
         verb,
         source,
         output,
+        revision=revision,
         overwrite=overwrite,
         manifest=manifest,
         max_shard_size=max_shard_size,
@@ -147,7 +149,7 @@ def _apart(mixture: Mixture, layer: int, size: int, weights: torch.Tensor) -> to
         }
         for role, kind in itertools.product(mixture.roles, mixture.kinds):
             held = [
-                reordered(mixture.projection(layer, role, kind, expert), role, orders.get(expert))
+                take_neurons(mixture.projection(layer, role, kind, expert), role, orders.get(expert))
                 for expert in experts
             ]
             rows = torch.stack([values.float().flatten() for values in held])
@@ -174,7 +176,7 @@ def _write(job: Job, groups: dict[int, tuple[Group, ...]], num_experts: int, rep
         plan_tensors(blend),
         lambda tensor: pieces(tensor, blend),
         blend.decisions(),
-        lambda folder: _write_config(job, config, folder),
+        lambda folder: write_config(config, job.checkpoint, config.model_type, folder),
         job.model_class,
         {
             "num_experts": {"before": mixture.num_experts, "after": num_experts},
@@ -184,13 +186,6 @@ def _write(job: Job, groups: dict[int, tuple[Group, ...]], num_experts: int, rep
             "notes": notes,
         },
     )
-
-
-def _write_config(job: Job, config: PretrainedConfig, folder: Path) -> None:
-    config.to_json_file(folder / "config.json")
-    if isinstance(config, MoeConfigMixin):
-        config.save_code(folder)
-    copy_side_files(job.checkpoint, config.model_type, folder)
 
 
 def _lists(values: dict[int, torch.Tensor]) -> dict[str, list[float]]:

@@ -8,9 +8,9 @@ import torch
 from hf_moe.errors import UsageError
 from hf_moe.recipe import UpcycleRecipe
 
-from .align import Rows, by_neuron, find_order, reordered
+from .align import Rows, by_neuron, find_order
 from .blend import Blend, Group, average, neuron_tensors, weighted
-from .experts import scaled
+from .experts import scaled, take_neurons
 from .headers import DTYPES, FLOATS
 from .mixture import Mixture
 from .partition import deal
@@ -57,7 +57,7 @@ class Rebuild:
         made = self._routed(layer, role, kind)
         if self.blend.mixture.shared_width:
             made = self._with_shared(made, layer, role, kind)
-        return reordered(made, role, self._first_order(layer))
+        return take_neurons(made, role, self._first_order(layer))
 
     def _routed(self, layer: int, role: str, kind: str) -> torch.Tensor:
         parts = [self.blend.projection(layer, role, kind, part) for part in range(self.scheme.parts)]
@@ -75,11 +75,11 @@ class Rebuild:
                 return added(routed, shared)
             if not self.scheme.shared_is_copy:
                 return torch.cat([routed, shared], dim=1)
-            return added(routed, reordered(shared, role, self.shared_order(layer)))
+            return added(routed, take_neurons(shared, role, self.shared_order(layer)))
         if not self.scheme.shared_is_copy:
             return torch.cat([routed, shared])
         weight = float(self.recipe.shared_expert_weight or 0)
-        return average([(reordered(shared, role, self.shared_order(layer)), weight), (routed, 1 - weight)])
+        return average([(take_neurons(shared, role, self.shared_order(layer)), weight), (routed, 1 - weight)])
 
     def shared_order(self, layer: int) -> torch.Tensor | None:
         """Which neuron of a shared copy stands for each of the parts'."""
@@ -92,7 +92,7 @@ class Rebuild:
         return all(
             torch.equal(
                 self._routed(layer, role, kind),
-                reordered(self.blend.mixture.shared(layer, role, kind), role, self.shared_order(layer)),
+                take_neurons(self.blend.mixture.shared(layer, role, kind), role, self.shared_order(layer)),
             )
             for role, kind in self._incoming()
         )

@@ -152,6 +152,7 @@ def open_job(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
+    revision: str | None,
     overwrite: bool,
     manifest: bool,
     max_shard_size: str,
@@ -163,7 +164,7 @@ def open_job(
         SourceError: where it is no mixture. UsageError, OutputError: where the output can't be.
     """
     check_shard_size(max_shard_size)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, revision)
     mixture = open_mixture(checkpoint)
     check_output(Path(output).expanduser(), [checkpoint.path], 0, overwrite)
     return Job(

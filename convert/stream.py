@@ -60,7 +60,7 @@ def _changed(weight: torch.Tensor, tensor: TensorPlan, plan: Plan, role: str, ex
     dropped = dropped_neurons(width, recipe.drop_ratio, _generator(plan, "drop", *of_expert))
     made = with_new_neurons(weight, role, dropped, _generator(plan, "new", *of_share))
     made = with_noise(made, recipe.noise_std, _generator(plan, "noise", *of_share))
-    if is_finite(weight) and not is_finite(made):
+    if not is_finite(made) and is_finite(weight):
         raise UsageError(f"noise_std {recipe.noise_std}: leads out of the numbers that {tensor.dtype} holds.")
     return made
 

@@ -1,8 +1,22 @@
-"""Files of text: one passage a line."""
+"""Text: where it comes from, and the tokenizer of a checkpoint that reads it."""
 
+from collections.abc import Iterable
+from importlib.resources import files
 from pathlib import Path
 
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
 from hf_moe.errors import SourceError, UsageError
+
+from .checkpoint import Checkpoint
+from .quiet import quiet
+
+MAX_TOKENS = 128  # of one text
+
+
+def sample_texts() -> list[str]:
+    """Ten sentences of the public domain, of 7 to 60 words."""
+    return files("hf_moe.convert").joinpath("sample.txt").read_text(encoding="utf-8").splitlines()
 
 
 def read_texts(file: Path) -> list[str]:
@@ -18,3 +32,27 @@ def read_texts(file: Path) -> list[str]:
     if not lines:
         raise UsageError(f"{file}: holds no text.")
     return lines
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Raises SourceError where there is none that works."""
+    if not checkpoint.has_tokenizer:
+        raise SourceError(f"{checkpoint.path}: has no tokenizer, which texts are read with.")
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raise it bare
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise SourceError(f"{checkpoint.path}: its tokenizer does not load ({reason}).") from error
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, texts: Iterable[str]) -> list[list[int]]:
+    """The ids of each text, cut off at `longest_text`; of some texts there are none."""
+    longest = longest_text(config)
+    return [tokenizer(text, truncation=True, max_length=longest)["input_ids"] for text in texts]
+
+
+def longest_text(config: PretrainedConfig) -> int:
+    """Tokens: `MAX_TOKENS`, or what the model has room for."""
+    positions = getattr(config, "max_position_embeddings", None) or MAX_TOKENS + 2
+    return max(1, min(MAX_TOKENS, positions - 2))  # RoBERTa counts positions from 2

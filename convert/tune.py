@@ -9,10 +9,12 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedModel, Print
 from hf_moe.errors import SourceError, UsageError
 from hf_moe.recipe import FuseRecipe
 
-from .fit import load_tokenizer, read_passages, token_ids
+from .classes import body_of
+from .fit import read_passages, token_ids
 from .plan import Plan
 from .quiet import quiet
 from .stream import pieces
+from .texts import load_tokenizer
 
 ROWS = 8
 STEP = 0.02  # what a step changes at most, in units of the router's own weights
@@ -94,5 +96,5 @@ def build_model(plan: Plan) -> PreTrainedModel:
 
 
 def _router_of(model: PreTrainedModel, plan: Plan, layer: int) -> torch.nn.Parameter:
-    block = model.base_model.get_submodule(f"{plan.family.layer.format(layer=layer)}.{plan.family.block}")
+    block = body_of(plan.family, model).get_submodule(f"{plan.family.layer.format(layer=layer)}.{plan.family.block}")
     return block.gate.weight  # type: ignore[union-attr, return-value]

