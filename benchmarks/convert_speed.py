@@ -13,7 +13,7 @@ after the other, each a process of its own:
 
 Both are given twice: the whole process, and the conversion alone, without the imports (of mergekit-moe: without what
 `--help` takes, which imports the same). The limit is to be held against the conversion alone. Writes
-`convert_speed.json`.
+what was measured into `convert_speed.json`.
 """
 
 import argparse
@@ -197,7 +197,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=".") as folder:
             results[name] = measure(name, arguments.runs, Path(folder).absolute(), mergekit)
     show(results)
-    Path(__file__).with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
+    file = Path(__file__).with_suffix(".json")
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(known | results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ def read_passages(recipe: FuseRecipe) -> list[Passages]:
         UsageError, SourceError: where a file can't be read, a prompt is empty, an expert has none, or two have the
             same.
     """
+    fits = recipe.gate_mode not in RANDOM_GATES
+    needs = f"gate_mode {recipe.gate_mode!r} is fitted to; 'random' needs none" if fits else "train_router trains on"
     made: list[Passages] = []
     for index, expert in enumerate(recipe.experts):
         prompts = [*(expert.positive_prompts or []), *(expert.negative_prompts or [])]
@@ -54,8 +56,7 @@ def read_passages(recipe: FuseRecipe) -> list[Passages]:
         positive = [*(expert.positive_prompts or []), *(text for i, text in enumerate(texts) if i not in held_at)]
         if not positive:
             raise UsageError(
-                f"experts[{index}] ({expert.source_model}): has neither positive_prompts nor texts, which gate_mode "
-                f"{recipe.gate_mode!r} is fitted to; gate_mode 'random' needs none."
+                f"experts[{index}] ({expert.source_model}): has neither positive_prompts nor texts, which {needs}."
             )
         made.append(Passages(positive, expert.negative_prompts or [], [texts[i] for i in sorted(held_at)]))
     for index, passages in enumerate(made):

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 import yaml
 from huggingface_hub.dataclasses import strict
@@ -20,6 +20,12 @@ REQUIRED = {
     "experts": "the checkpoints to fuse",
     "source_model": "the checkpoint that the expert is",
 }
+
+
+def _options(hint: Any) -> tuple[str, ...]:
+    """What a field may be, where its type lists that."""
+    parts = (hint,) if get_origin(hint) is Literal else get_args(hint)  # a union's
+    return next((get_args(part) for part in parts if get_origin(part) is Literal), ())
 
 
 class Recipe:
@@ -45,6 +51,9 @@ class Recipe:
         for field in fields:
             if field.default is dataclasses.MISSING and field.name not in values:
                 raise UsageError(f"{where}: names no {field.name}, {REQUIRED[field.name]}.")
+            options, value = _options(field.type), values.get(field.name)
+            if options and value is not None and value not in options:
+                raise UsageError(f"{where}: {field.name} is {value!r}; choose from {', '.join(options)}.")
         try:
             return cls(**values)
         except StrictDataclassFieldValidationError as error:

@@ -109,7 +109,7 @@ REFUSED = {
     "a share, from 0 to 1": {"drop_ratio": 1.5},
     "nothing cuts them": {"partition": "kmeans"},
     "name a file as calibration": {"granularity": 2, "partition": "coactivation"},
-    "expected one of": {"method": "copied"},
+    "method is 'copied'; choose from copy, split": {"method": "copied"},
     "doesn't match any type": {"dtype": "int8"},
 }
 
