@@ -41,7 +41,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
-from .moe_experts import MoeExperts
+from .moe_experts import SORTED_MM, MoeExperts
 from .moe_layers import MoeBlock
 from .moe_losses import load_balancing_loss, router_z_loss
 from .moe_routers import TopKRouter
@@ -292,6 +292,12 @@ class MoePreTrainedModelMixin(_Base):
     def _can_set_experts_implementation(cls) -> bool:
         """Transformers would look for the decorator in this class's own file; ours is in moe_experts.py."""
         return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """`sorted_mm` where nobody asks for another."""
+        return super().get_correct_experts_implementation(
+            SORTED_MM if requested_experts is None else requested_experts
+        )
 
     def _initialize_weights(self, module, is_custom_code: bool = False):
         """Every rule of ours uses `transformers.initialization`, so loaded weights are safe; without this, rules on

@@ -77,10 +77,10 @@ def as_the_dense_class(family, feature):
 
 
 @every_family
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm", "sorted_mm"])
 def test_experts_implementations_agree_in_the_whole_model(family, implementation):
     model = without_dropout(tiny_moe(family)).train()
-    assert model.config._experts_implementation == "grouped_mm"  # the default, and not silently the loop
+    assert model.config._experts_implementation == "sorted_mm"  # the default, and not silently the loop
     model.set_experts_implementation("eager")
     expected = gradients(model, lm_inputs(family))
     model.set_experts_implementation(implementation)
@@ -109,7 +109,7 @@ def test_dropout_is_where_the_dense_model_has_it(family, dense_folder):
 def test_experts_implementation_survives_a_dense_model_built_before(family):
     model = tiny_moe(family)
     type(model).__bases__[1](TESTED[family].tiny())
-    assert tiny_moe(family).config._experts_implementation == "grouped_mm"
+    assert tiny_moe(family).config._experts_implementation == "sorted_mm"
 
 
 @every_family
@@ -297,7 +297,7 @@ def test_untied_embeddings_stay_untied(family, tmp_path):
 
 
 @every_family
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["sorted_mm", "batched_mm"])  # compiled, the former is grouped_mm
 def test_compile_in_one_graph(family, implementation):
     model = without_dropout(tiny_moe(family)).train()
     model.set_experts_implementation(implementation)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.activations import ACT2FN
@@ -60,7 +61,7 @@ def outputs_and_gradients(function, experts, x, index, weights):
     return [y.detach(), x.grad, weights.grad, *(p.grad.clone() for p in experts.parameters())]
 
 
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm", "sorted_mm"])
 @pytest.mark.parametrize(("gated", "bias"), SHAPES)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12), (torch.bfloat16, 6e-2)]
@@ -80,6 +81,61 @@ def test_every_implementation_equals_the_naive_loop(implementation, gated, bias,
         torch.testing.assert_close(g, e, rtol=tolerance, atol=tolerance * float(e.abs().max()))
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 9), st.integers(1, 4), st.sampled_from(SHAPES), st.booleans(), st.integers(0, 2**31))
+def test_sorted_mm_runs_every_assignment(tokens, top_k, shape, graded, seed):
+    """Of any number of tokens, one too, which runs without sorting; a slot of no expert (index E) counts nothing."""
+    gated, bias = shape
+    experts = fill(MoeExperts(config("sorted_mm"), hidden_act="gelu", gated=gated, bias=bias), torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 16, generator=generator, dtype=torch.float64)
+    index = torch.rand(tokens, 5, generator=generator).argsort(1)[:, :top_k]
+    weights = torch.rand(tokens, top_k, generator=generator, dtype=torch.float64)
+    with torch.set_grad_enabled(graded):
+        torch.testing.assert_close(experts(x, index, weights), experts.loop(x, index, weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 13])
+@pytest.mark.parametrize("graded", [True, False])
+def test_sorted_mm_under_autocast_is_the_loop_under_autocast(dtype, tokens, graded):
+    experts = fill(MoeExperts(config("sorted_mm"), hidden_act="gelu"))
+    x, index, weights = torch.randn(tokens, 16).to(dtype), torch.tensor([[0, 2]] * tokens), torch.rand(tokens, 2)
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(graded):
+        got, expected = experts(x, index, weights), experts.loop(x, index, weights)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, expected, rtol=3e-2, atol=3e-2 * expected.abs().max().item())
+
+
+def test_sorted_mm_computes_no_gradient_that_nobody_wants():
+    experts = fill(MoeExperts(config("sorted_mm"), hidden_act="gelu")).requires_grad_(False)
+    experts.down_proj.requires_grad_(True)
+    x = torch.randn(13, 16, requires_grad=True)
+    experts(x, torch.tensor([[0, 2]] * 13), torch.rand(13, 2)).sum().backward()
+    assert [name for name, p in experts.named_parameters() if p.grad is not None] == ["down_proj"]
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+def test_sorted_mm_runs_the_mixtures_of_transformers_too(name):
+    """GPT-OSS has transposed weights, biases, and gates between its columns."""
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "vocab_size": 50}
+    made = getattr(transformers, f"{name}Config")(**sizes)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(made).train()
+    ids = torch.randint(0, 50, (2, 9))
+    found = []
+    for implementation in ("eager", "sorted_mm"):
+        model.set_experts_implementation(implementation)
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("width", [17, 20, 24])
 def test_grouped_mm_runs_widths_that_its_kernel_refuses(width):
     made = config("grouped_mm", hidden_size=18, moe_intermediate_size=width)
@@ -91,7 +147,7 @@ def test_grouped_mm_runs_widths_that_its_kernel_refuses(width):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm", "sorted_mm"])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("shared", [0, 24])
 def test_activations_are_dropped_in_every_expert_and_in_training_only(implementation, gated, shared):

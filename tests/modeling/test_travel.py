@@ -25,7 +25,7 @@ with torch.no_grad():
     torch.save(model(**inputs, output_router_logits=True).to_tuple(), outputs)
 model.save_pretrained(resaved)
 assert type(model.config) is type(model).config_class, "the configuration class exists twice"
-assert model.config._experts_implementation == "grouped_mm"
+assert model.config._experts_implementation == "sorted_mm"
 """
 
 
