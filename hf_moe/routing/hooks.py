@@ -37,7 +37,8 @@ def experts_of(model: nn.Module) -> dict[int, str]:
 
 def num_experts_of(experts: nn.Module) -> int:
     """How many experts a module holds, whatever it is wrapped in (PEFT)."""
-    return next(int(module.num_experts) for module in experts.modules() if hasattr(module, "num_experts"))
+    held: Iterator[Any] = (getattr(module, "num_experts", None) for module in experts.modules())
+    return next(count for count in held if count is not None)
 
 
 def attach(model: nn.Module, see: See) -> list[RemovableHandle]:
@@ -121,9 +122,7 @@ def refusing_nan(model: nn.Module) -> Iterator[None]:
                 logits = output[0] if isinstance(output, tuple) else output
                 if bool(torch.isnan(logits).any()):
                     came_in = bool(torch.isnan(args[0]).any())
-                    why = (
-                        "its input, what the layers before it make, is NaN" if came_in else "its weights are not sane"
-                    )
+                    why = "what comes in is NaN already" if came_in else "its own weights make them so"
                     raise SourceError(f"layer {layer}: the router's logits are NaN: {why}.")
 
             handles.append(router.register_forward_hook(after_router))

@@ -13,9 +13,7 @@ logger = logging.get_logger(__name__)
 
 COLLAPSED_ENTROPY = 0.5  # normalised: below it a layer counts as collapsed
 WINDOW = 3  # logs in a row
-WHAT_TO_TRY = (
-    "raise router_aux_loss_coef (tenfold is a fair step), lower the learning rate of the router, or start anew"
-)
+WHAT_TO_TRY = "Raise router_aux_loss_coef (tenfold is a fair step) or lower the learning rate, and start anew."
 
 
 class RoutingMonitor(TrainerCallback):
@@ -123,5 +121,5 @@ class RoutingMonitor(TrainerCallback):
             logger.warning(
                 f"Routing has collapsed in layer {worst}: {dead.get(worst, 0)} of {self.experts[worst]} experts are "
                 f"dead, normalised entropy {entropies.get(worst, 1.0):.2f}"
-                f"{f' (and in layers {layers})' if layers[1:] else ''}. {WHAT_TO_TRY.capitalize()}."
+                f"{f' (and in layers {layers})' if layers[1:] else ''}. {WHAT_TO_TRY}"
             )

@@ -11,6 +11,7 @@ from hf_moe.errors import SourceError, UsageError
 from hf_moe.routing import RoutingStats, gather
 from hf_moe.routing import tokens as tokens_module
 from tests.conftest import FAMILIES, batch, dense_classes, lm_class, real_tokens, scatter, tiny_moe
+from tests.families import TESTED
 
 SIZES = {
     "vocab_size": 64,
@@ -182,6 +183,6 @@ def test_nan_logits_name_the_layer(name):
 
 
 def test_a_dense_model_is_refused():
-    dense = dense_classes("bert")[lm_class("bert").replace("Moe", "")]
+    dense = dense_classes("bert")[lm_class("bert").replace("Moe", "")](TESTED["bert"].tiny())
     with pytest.raises(UsageError, match="dense"):
-        gather(dense(tiny_moe("bert").config), [batch("bert")])
+        gather(dense, [batch("bert")])
