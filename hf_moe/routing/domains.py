@@ -79,7 +79,7 @@ def specialise(stats: RoutingStats, *, permutations: int = PERMUTATIONS, seed: i
         passages=sizes,
         information=tuple(observed.tolist()),
         by_chance=tuple(shuffled_NL.mean(0).tolist()),
-        p_values=tuple(((1 + as_much.sum(0)) / (1 + permutations)).tolist()),
+        p_values=tuple((1 + count) / (1 + permutations) for count in as_much.sum(0).tolist()),
         p_value=(1 + int(in_sum.sum())) / (1 + permutations),
         permutations=permutations,
     )
