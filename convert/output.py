@@ -18,6 +18,7 @@ from hf_moe.errors import OutputError, UsageError
 from .journal import JOURNAL_NAME, Journal
 
 SLACK = 16 * 2**20  # for configuration, code, tokenizer
+OURS = ("config.json", "routing.json")  # one of them is in every folder made here
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 
@@ -52,7 +53,7 @@ def _check_taken(output: Path, overwrite: bool) -> None:
         raise UsageError(f"{output}: exists already; --overwrite replaces it.")
     if output.is_symlink() or not output.is_dir():
         raise UsageError(f"{output}: is no folder, so it is not overwritten.")
-    if any(output.iterdir()) and not (output / "config.json").is_file():
+    if any(output.iterdir()) and not any((output / name).is_file() for name in OURS):
         raise UsageError(f"{output}: is neither empty nor a checkpoint, so it is not overwritten.")
 
 
