@@ -49,10 +49,12 @@ class Observed:
 
 @dataclass(frozen=True)
 class Line:
-    """One passage: its text, ids, and where each token stands in it (None: nowhere, a special token)."""
+    """One passage: its text, its tokens' ids and names, and where each stands in the text (None: nowhere, as special
+    tokens do)."""
 
     text: str
     ids: list[int]
+    names: list[str]
     spans: list[tuple[int, int] | None]
 
 
@@ -121,8 +123,8 @@ def _open(checkpoint: Checkpoint) -> Mixture:
     model_type = str(checkpoint.config.get("model_type"))
     if not is_mixture(checkpoint.config) and model_type in FAMILIES:
         raise SourceError(
-            f"{checkpoint.path}: is dense (model_type {model_type!r}), and routing is that of a mixture; hf-moe upcycle "
-            "makes it one."
+            f"{checkpoint.path}: is dense (model_type {model_type!r}), and routing is that of a mixture; "
+            "hf-moe upcycle makes it one."
         )
     mixture = open_mixture(checkpoint)
     family = next((f for f in FAMILIES.values() if f.config_class is type(mixture.config)), None)
@@ -147,7 +149,8 @@ def _tokenized(tokenizer: PreTrainedTokenizerBase, mixture: Mixture, texts: list
         offsets = made.get("offset_mapping") or [(0, 0)] * len(made["input_ids"])
         if made["input_ids"]:
             spans = [(start, end) if end > start else None for start, end in offsets]
-            lines.append(Line(text, made["input_ids"], spans))
+            names = [str(tokenizer.convert_ids_to_tokens(token)) for token in made["input_ids"]]
+            lines.append(Line(text, made["input_ids"], names, spans))
     if not lines:
         raise SourceError(f"{path}: its tokenizer makes no token of {texts[0][:40]!r}.")
     if max(max(line.ids) for line in lines) >= mixture.config.vocab_size:
@@ -192,16 +195,16 @@ def _passage(domain: str | None, line: Line, seen: Forward, row: int, stats: Rou
 
 
 def _pieces(line: Line) -> Iterator[tuple[str, str]]:
-    """(text that belongs to no token, the token's text) by token; several tokens of one letter are dots but the first,
-    and what stands nowhere in the text is a mark."""
+    """(text that belongs to no token, the token's text) by token. What stands nowhere in the text has its name; of
+    several tokens of one letter the first has it, and the others are dots."""
     end = 0
-    for span in line.spans:
+    for name, span in zip(line.names, line.spans, strict=True):
         if span is None:
-            yield "", "▪"
+            yield "", name
             continue
         start = max(span[0], end)
         own = line.text[start : span[1]]
-        yield line.text[end:start], own if own.strip() else own + "·"
+        yield line.text[end:start], own if own.strip() else f"{own}·"
         end = max(end, span[1])
 
 

@@ -59,9 +59,9 @@ def _dead(summary: Summary) -> str:
     count = sum(len(layer["dead_experts"]) for layer in summary["layers"])
     where = _layers(summary, lambda layer: bool(layer["dead_experts"]))
     return where and (
-        f"{where}: {count} {'expert is' if count == 1 else 'experts are'} dead on this text. If they are on every text "
-        "that matters, hf-moe prune leaves them out; if the mixture is to be trained on, a larger router_aux_loss_coef "
-        "brings them back."
+        f"{where}: {count} {'expert is' if count == 1 else 'experts are'} dead on this text. If they are on every "
+        "text that matters, hf-moe prune leaves them out; if the mixture is to be trained on, a larger "
+        "router_aux_loss_coef brings them back."
     )
 
 
@@ -80,28 +80,31 @@ def _together(summary: Summary) -> str:
         f"{pair['experts'][0]} and {pair['experts'][1]} in layer {layer['layer']}"
         for layer in summary["layers"]
         for pair in layer["together"]
-        if pair["times_chance"] > 3
+        if pair["times_chance"] > 3 and (layer["similarity"] or 0) <= COPIES
     ]
     return ", ".join(found[:3]) and (
-        f"Experts {', '.join(found[:3])} are chosen together over three times as often as chance would: they may do one "
-        "job. hf-moe merge-experts joins experts that are alike."
+        f"Experts {', '.join(found[:3])} are chosen together over three times as often as chance would: they may do "
+        "one job. hf-moe merge-experts joins experts that are alike."
     )
 
 
 def _domains(summary: Summary) -> str:
     found = summary["specialisation"]
     if found is None:
-        return "To see whether experts specialise, give texts of two or more subjects: --domains law=law.txt pets=pets.txt."
+        return (
+            "To see whether experts specialise, give texts of two or more subjects: "
+            "--domains law=law.txt pets=pets.txt."
+        )
     if found["p_value"] is None:
         return f"Of the domains, {found['note']}"
     if found["p_value"] > SIGNIFICANT:
         return (
-            f"No sign that experts specialise by domain (p = {found['p_value']:.3f}): more passages would show smaller "
-            "differences, and longer training makes larger ones."
+            f"No sign that experts are chosen by domain (p = {found['p_value']:.3f}): more passages would show "
+            "smaller differences, and longer training makes larger ones."
         )
     strongest = max(zip(found["information"], found["layers"], strict=True))[1]
     return (
-        f"Experts specialise by domain (p = {found['p_value']:.3f}), most in layer {strongest}: the tables below say "
+        f"Experts are chosen by domain (p = {found['p_value']:.3f}), most in layer {strongest}: the tables below say "
         "which expert reads what."
     )
 

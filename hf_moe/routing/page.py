@@ -10,7 +10,7 @@ COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#c
 # Experts beyond the eighth have the same colours again, and another line under their tokens.
 LINES = ("solid", "dashed", "dotted", "double")
 GROUNDS = {"light": "#ffffff", "dark": "#14171c"}
-TINT = {"light": 0.38, "dark": 0.42}  # so much colour behind the text leaves it readable
+TINT = {"light": 0.38, "dark": 0.36}  # so much colour behind the text leaves it readable
 
 # Up to how many times its fair share a load is in each step of the scale, and its name.
 STEPS = (
