@@ -85,7 +85,7 @@ def observe(
     checkpoint = open_checkpoint(source, revision)
     mixture = _open(checkpoint)
     folder = Path(output if output is not None else f"{Path(checkpoint.source).name}-routing").expanduser()
-    check_output(folder, [checkpoint.path], 0, overwrite)
+    check_output(folder, [checkpoint.path], 0, overwrite, REPORT_NAME)
     tokenizer = load_tokenizer(checkpoint)
     lines = {name: _tokenized(tokenizer, mixture, some) for name, some in texts.items()}
     progress.stage("running the text")
@@ -96,7 +96,7 @@ def observe(
     found = specialise(stats) if domains else None
     summary = summarise(stats, specialisation=found, similarity=similarity, name_of=partial(_shown, tokenizer))
     report = without_nan(_report(mixture, lines, summary, stats))
-    with whole_folder(folder, "routing", overwrite) as (files, _):
+    with whole_folder(folder, "routing", overwrite, REPORT_NAME) as (files, _):
         _write(files, report, passages)
     return Observed(folder, report)
 

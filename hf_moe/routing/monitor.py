@@ -1,13 +1,16 @@
 """Routing during training: figures beside Trainer's loss, and one warning where a layer collapses."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from . import measures
 from .hooks import attach, experts_of, num_experts_of
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 logger = logging.get_logger(__name__)
 
@@ -43,7 +46,7 @@ class RoutingMonitor(TrainerCallback):
         self.handles: list[Any] = []
 
     @classmethod
-    def join(cls, trainer: Trainer, **options: Any) -> "RoutingMonitor":
+    def join(cls, trainer: "Trainer", **options: Any) -> "RoutingMonitor":
         """Puts a monitor before the other callbacks of `trainer`, so that all of them see its figures."""
         monitor = cls(**options)
         trainer.callback_handler.callbacks.insert(0, monitor)

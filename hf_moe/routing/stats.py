@@ -16,7 +16,7 @@ PASSAGES = 512  # of each domain that are kept one by one, for the permutation t
 TOKENS_WRITTEN = 256  # of the token table, in JSON
 
 
-@dataclass
+@dataclass(eq=False)
 class RoutingStats:
     """Counts of one or more passes over text. Memory does not grow with the text.
 

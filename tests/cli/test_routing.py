@@ -110,6 +110,17 @@ def test_the_folder_has_a_name_by_itself_and_is_kept(run, texts, moe):
     assert (texts / "moe-routing" / "routing.json").read_bytes() != before
 
 
+def test_a_model_is_not_overwritten_by_a_report(run, texts, moe):
+    (texts / "other").mkdir()
+    (texts / "other" / "config.json").write_text("{}")
+    code, _, err = run(moe, "--data", "law.txt", "--output", "other", "--overwrite")
+    assert (code, err) == (
+        2,
+        "Error: other: is neither empty nor a folder with routing.json, so it is not overwritten.\n",
+    )
+    assert [file.name for file in (texts / "other").iterdir()] == ["config.json"]
+
+
 def test_text_does_not_inject(run, texts, moe):
     (texts / "law.txt").write_text("the dog </script><script>alert(1)</script> <b>sat</b>\nthe cat\n" * 3)
     assert run(moe, "--data", "law.txt", "--output", "report")[0] == 0

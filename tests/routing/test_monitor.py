@@ -88,6 +88,14 @@ def test_an_adapted_model_is_watched(tmp_path):
     assert {name: entry[name] for name in wanted} == pytest.approx(wanted)
 
 
+@pytest.mark.slow
+def test_a_compiled_model_is_watched(tmp_path):
+    model = still(tiny_moe("llama"))
+    wanted = expected(model, rows())
+    [entry] = train(tmp_path, model, RoutingMonitor(), torch_compile=True, torch_compile_backend="eager")
+    assert {name: entry[name] for name in wanted} == pytest.approx(wanted)
+
+
 class Reporter(TrainerCallback):
     def __init__(self):
         self.seen = []
