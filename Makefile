@@ -32,6 +32,7 @@ bench: $(VENV)/dev  ## the figures in benchmarks/
 	$(BIN)/python benchmarks/router_start.py
 	$(BIN)/python benchmarks/reductions.py
 	$(BIN)/python benchmarks/fused_gates.py
+	$(BIN)/python benchmarks/routing_report.py
 	PYTHONPATH=. $(BIN)/python benchmarks/experts.py
 
 bench-convert: $(VENV)/dev  ## conversion against the disk and mergekit-moe (needs 40 GB of disk)

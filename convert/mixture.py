@@ -102,6 +102,13 @@ class Mixture:
         """(out, in), or (out,) where `kind` is "bias"; of a stacked tensor only this expert's bytes are read."""
         return _read(self.checkpoint, self._projection(layer, role, kind, expert))
 
+    def projection_pieces(
+        self, layer: int, role: str, kind: str, expert: int, piece_bytes: int
+    ) -> Iterator[torch.Tensor]:
+        """The values of `projection` in order, flat, at most `piece_bytes` at a time."""
+        info = self._projection(layer, role, kind, expert)
+        return replace(self.checkpoint, tensors={info.name: info}).read_pieces(info.name, piece_bytes)
+
     def router(self, layer: int) -> torch.Tensor:
         """(experts, in)."""
         return self.checkpoint.read(self._name(layer, self.form.router))

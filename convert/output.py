@@ -18,12 +18,13 @@ from hf_moe.errors import OutputError, UsageError
 from .journal import JOURNAL_NAME, Journal
 
 SLACK = 16 * 2**20  # for configuration, code, tokenizer
+CHECKPOINT = "config.json"
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 
 
-def check_output(output: Path, sources: list[Path], nbytes: int, overwrite: bool) -> None:
-    """Refuses an output that exists, overlaps a source, or can't hold `nbytes`.
+def check_output(output: Path, sources: list[Path], nbytes: int, overwrite: bool, mark: str = CHECKPOINT) -> None:
+    """Refuses an output that exists, overlaps a source, or can't hold `nbytes`; only what holds `mark` is overwritten.
 
     Raises:
         UsageError, OutputError: in one line.
@@ -34,7 +35,7 @@ def check_output(output: Path, sources: list[Path], nbytes: int, overwrite: bool
             dense = source.resolve()
             if resolved == dense or resolved.is_relative_to(dense) or dense.is_relative_to(resolved):
                 raise UsageError(f"{output}: overlaps the source {source}; choose a folder outside it.")
-        _check_taken(output, overwrite)
+        _check_taken(output, overwrite, mark)
     except OSError as error:
         raise UsageError(f"{output}: can't be a folder ({error.strerror}).") from error
     parent = next(parent for parent in resolved.parents if parent.exists())
@@ -45,15 +46,16 @@ def check_output(output: Path, sources: list[Path], nbytes: int, overwrite: bool
         raise OutputError(f"{output}: needs {nbytes + SLACK:,} bytes, but {parent} has {free:,} free.")
 
 
-def _check_taken(output: Path, overwrite: bool) -> None:
+def _check_taken(output: Path, overwrite: bool, mark: str) -> None:
     if not output.exists() and not output.is_symlink():
         return
     if not overwrite:
         raise UsageError(f"{output}: exists already; --overwrite replaces it.")
     if output.is_symlink() or not output.is_dir():
         raise UsageError(f"{output}: is no folder, so it is not overwritten.")
-    if any(output.iterdir()) and not (output / "config.json").is_file():
-        raise UsageError(f"{output}: is neither empty nor a checkpoint, so it is not overwritten.")
+    if any(output.iterdir()) and not (output / mark).is_file():
+        kind = "a checkpoint" if mark == CHECKPOINT else f"a folder with {mark}"
+        raise UsageError(f"{output}: is neither empty nor {kind}, so it is not overwritten.")
 
 
 def _held(partial: Path) -> int:
@@ -69,7 +71,9 @@ def partial_of(output: Path) -> Path:
 
 
 @contextmanager
-def whole_folder(output: Path, fingerprint: str, overwrite: bool) -> Iterator[tuple[Path, Journal]]:
+def whole_folder(
+    output: Path, fingerprint: str, overwrite: bool, mark: str = CHECKPOINT
+) -> Iterator[tuple[Path, Journal]]:
     """A folder to fill, and the journal of what it holds. It becomes `output` in one rename when the block ends well.
 
     When it ends in an error, everything is taken away. When it is interrupted (a signal, a kill), what the journal
@@ -88,7 +92,7 @@ def whole_folder(output: Path, fingerprint: str, overwrite: bool) -> Iterator[tu
             with _locked(partial, output):
                 _check_ours(partial)
                 _restore(partial, output)
-                _check_taken(output, overwrite)
+                _check_taken(output, overwrite, mark)
                 journal = Journal(partial / JOURNAL_NAME, fingerprint)
                 files = partial / "files"
                 try:

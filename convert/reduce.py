@@ -170,7 +170,7 @@ def open_job(
     return Job(
         verb=verb,
         mixture=mixture,
-        model_class=_class_of(mixture),
+        model_class=class_of(mixture),
         output=Path(output),
         overwrite=overwrite,
         manifest=manifest,
@@ -212,7 +212,8 @@ def copy_size(mixture: Mixture) -> int:
     return size if all(torch.equal(tied, tied[:, :1].expand_as(tied)) for tied in rows) else 1
 
 
-def _class_of(mixture: Mixture) -> type[PreTrainedModel]:
+def class_of(mixture: Mixture) -> type[PreTrainedModel]:
+    """The class that its configuration names. Raises SourceError where it is none of the architecture's."""
     config = mixture.config
     name = config.architectures[0] if config.architectures else None
     if isinstance(config, MoeConfigMixin):

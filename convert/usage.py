@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hf_moe.errors import UsageError
+from hf_moe.routing.hooks import attach, experts_of
 
 from .checkpoint import Checkpoint
 from .compare import Batch, load_model, pad, run_model, token_ids
@@ -138,10 +139,7 @@ def compare_quality(before: Quality, after: Quality) -> dict[str, Any]:
 def measure(
     model: PreTrainedModel, layers: Sequence[int], text: Text, *, norms: bool = False
 ) -> tuple[Quality, Usage]:
-    """Runs `text` once; `norms` (of the experts' outputs) cost as much as the experts once more.
-
-    The order of `layers` is that of the model's mixtures.
-    """
+    """Runs `text` once; `norms` (of the experts' outputs) cost as much as the experts once more."""
     usage, tokens = Usage(), dict.fromkeys(layers, 0)
 
     def see(layer: int, experts: torch.nn.Module, x_TD, index_TK, gates_TK) -> None:
@@ -149,19 +147,20 @@ def measure(
             size = int(experts.num_experts)  # type: ignore[arg-type]
             usage.counts[layer] = torch.zeros(size, dtype=torch.float64)
             usage.norms[layer] = torch.zeros(size, dtype=torch.float64)
-        usage.counts[layer] += torch.bincount(index_TK.flatten(), minlength=len(usage.counts[layer]))
+        size = len(usage.counts[layer])
+        usage.counts[layer] += torch.bincount(index_TK.flatten(), minlength=size + 1)[:size]  # empty slots come last
         usage.gates[layer] = usage.gates.get(layer, 0.0) + gates_TK.double().sum().item()
         tokens[layer] += len(x_TD)
         for index_T1, gates_T1 in zip(index_TK.split(1, 1), gates_TK.split(1, 1), strict=True) if norms else ():
             y_TD = experts.forward(x_TD, index_T1, torch.ones_like(gates_T1))
-            size_T = y_TD.double().norm(dim=1) * gates_T1[:, 0]
-            usage.norms[layer].index_add_(0, index_T1[:, 0], size_T)
+            size_T = y_TD.double().norm(dim=1) * gates_T1[:, 0]  # 0 in an empty slot
+            usage.norms[layer].index_add_(0, index_T1[:, 0].clamp(max=size - 1), size_T)
 
     def see_gate(layer: int, logits_T: torch.Tensor) -> None:
         total = logits_T.double().sigmoid().sum().item()
         usage.shared_gates[layer] = usage.shared_gates.get(layer, 0.0) + total
 
-    with watched(model, layers, see, see_gate):
+    with watched(model, see, see_gate):
         quality = quality_of(model, text)
     for layer in layers:
         usage.gates[layer] /= max(tokens[layer], 1)
@@ -174,32 +173,26 @@ def measure(
 @contextmanager
 def watched(
     model: PreTrainedModel,
-    layers: Sequence[int],
     see: Callable[..., None],
     see_gate: Callable[[int, torch.Tensor], None] = lambda layer, logits_T: None,
 ) -> Iterator[None]:
     """Calls `see(layer, experts, x_TD, index_TK, gates_TK)` wherever experts are, and `see_gate` with the logits of a
     shared expert's gate; padding is left out."""
-    masks: list[torch.Tensor] = []
+    kept: list[torch.Tensor | None] = [None]
 
-    def keep_mask(module, args, kwargs):
-        masks[:] = [kwargs["attention_mask"].flatten().bool()]
+    def see_real(layer, experts, *values_and_mask) -> None:
+        *values, kept[0] = values_and_mask
+        see(layer, experts, *(value if kept[0] is None else value[kept[0]] for value in values))
 
-    handles = [model.register_forward_pre_hook(keep_mask, with_kwargs=True)]
-    modules = dict(model.named_modules())
-    blocks = [name.removesuffix(".experts") for name in modules if name.endswith(".experts")]
-    for layer, block in zip(layers, blocks, strict=True):
+    handles = attach(model, see_real)
+    for layer, name in experts_of(model).items():
+        gate = getattr(model.get_submodule(name.removesuffix(".experts")), "shared_expert_gate", None)
+        if gate is not None:
 
-        def before_experts(module, args, layer=layer):
-            with torch.no_grad():
-                see(layer, module, *(values[masks[0]] for values in args))
+            def after_gate(module, args, output, layer=layer):  # runs after the experts, whose mask it has
+                see_gate(layer, output.flatten() if kept[0] is None else output.flatten()[kept[0]])
 
-        def after_gate(module, args, output, layer=layer):
-            see_gate(layer, output.flatten()[masks[0]])
-
-        handles.append(modules[f"{block}.experts"].register_forward_pre_hook(before_experts))
-        if f"{block}.shared_expert_gate" in modules:
-            handles.append(modules[f"{block}.shared_expert_gate"].register_forward_hook(after_gate))
+            handles.append(gate.register_forward_hook(after_gate))
     try:
         yield
     finally:
@@ -217,6 +210,6 @@ def gate_sums(model: PreTrainedModel, routers: dict[int, torch.Tensor], top_k: i
         sums[layer] += logits_TE.softmax(-1).topk(top_k).values.double().sum().item()
         tokens[layer] += len(x_TD)
 
-    with watched(model, list(routers), see):
+    with watched(model, see):
         quality_of(model, text)
     return {layer: total / max(tokens[layer], 1) for layer, total in sums.items()}

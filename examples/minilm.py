@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from hf_moe.convert.texts import sample_texts
-from hf_moe.routing.load import expert_load
+from hf_moe.routing import gather
 from hf_moe.routing.plots import load_heat_map
 
 SENTENCES = [
@@ -116,7 +116,7 @@ def main() -> None:
 
     model, tokenizer = AutoModel.from_pretrained(moe), AutoTokenizer.from_pretrained(moe)
     inputs = tokenizer(sample_texts(), padding=True, return_tensors="pt")
-    load = expert_load(model, [dict(inputs)])
+    load = gather(model, [dict(inputs)]).load
     picture = output / "routing.png"
     tokens = int(inputs["attention_mask"].sum())
     load_heat_map(

@@ -36,6 +36,7 @@ def test_the_wheel_holds_everything_under_one_name(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"hf_moe"}
     expected = {"hf_moe/py.typed", "hf_moe/convert/sample.txt", "hf_moe/convert/families/bert.py"}
+    expected |= {f"hf_moe/routing/page.{ending}" for ending in ("css", "html.j2", "js")}
     assert expected <= names
     source = {f"hf_moe/{file.relative_to(ROOT / 'hf_moe')}" for file in (ROOT / "hf_moe").rglob("*.py")}
     source |= {f"hf_moe/convert/{file.relative_to(ROOT / 'convert')}" for file in (ROOT / "convert").rglob("*.py")}

@@ -7,9 +7,11 @@ import typer
 
 from hf_moe import convert
 from hf_moe.cli import show
+from hf_moe.cli.spread import SpreadCommand, named_files
 from hf_moe.convert import certify, conversion, fusion, open_checkpoint, plan_upcycle, write_certificate
 from hf_moe.convert.describe import describe_checkpoint, describe_plan
 from hf_moe.convert.fusion_plan import plan_fuse
+from hf_moe.convert.observe import observe
 from hf_moe.convert.texts import read_texts
 from hf_moe.convert.weights import check_mixture
 from hf_moe.recipe import FuseRecipe, UpcycleRecipe
@@ -361,3 +363,39 @@ def merge_experts(
         )
     if not quiet:
         show.reduced(made, json)
+
+
+@app.command(
+    cls=SpreadCommand, epilog="Example: hf-moe routing ./moe --data text.txt --domains law=law.txt pets=pets.txt"
+)
+def routing(
+    moe: Moe,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Files of text, a passage a line; several may follow.", show_default=False),
+    ] = None,
+    domains: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FILE: texts of one subject, to be told apart; two or more.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to make. [default: the mixture's name and '-routing']")
+    ] = None,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show how a mixture routes text: figures, plots, and a page to look at."""
+    with show.Bars(enabled=not (json or quiet)) as progress:
+        made = observe(
+            moe,
+            output,
+            data=data or [],
+            domains=named_files(domains or []),
+            revision=revision,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if not quiet:
+        show.observed(made, json)

@@ -12,6 +12,7 @@ from rich.text import Text
 from hf_moe.convert import Progress as Listener
 from hf_moe.convert import Reduced
 from hf_moe.convert.certificate import explain
+from hf_moe.convert.observe import Observed
 
 OUT = Console(soft_wrap=True, highlight=False, markup=False)
 ERR = Console(stderr=True)
@@ -70,6 +71,22 @@ def reduced(made: Reduced, as_json: bool) -> None:
     fields({name: value for name, value in made.report.items() if name not in left_out}, as_json=False)
     if made.certificate is not None:
         verdict(made.certificate)
+
+
+def observed(made: Observed, as_json: bool) -> None:
+    """How a mixture routes: balance by layer, what to do, and where the page lies."""
+    if as_json:
+        print(json.dumps(made.report | {"output": str(made.path)}, indent=2))
+        return
+    names = ("layer", "max_violation", "cv", "normalised_entropy", "similarity")
+    table = Table(*(name.replace("_", " ") for name in names), "dead", box=None, pad_edge=False)
+    for layer in made.report["layers"]:
+        numbers = ("–" if layer[name] is None else f"{layer[name]:.3f}" for name in names[1:])
+        table.add_row(str(layer["layer"]), *numbers, str(len(layer["dead_experts"])))
+    OUT.print(table)
+    for sentence in made.report["advice"]:
+        OUT.print(f"- {sentence}")
+    OUT.print(f"{made.path / 'report.html'}")
 
 
 def fused(values: dict[str, Any], routing: dict[str, Any], certificate: dict[str, Any] | None, as_json: bool) -> None:

