@@ -149,7 +149,8 @@ def measure(
             size = int(experts.num_experts)  # type: ignore[arg-type]
             usage.counts[layer] = torch.zeros(size, dtype=torch.float64)
             usage.norms[layer] = torch.zeros(size, dtype=torch.float64)
-        usage.counts[layer] += torch.bincount(index_TK.flatten(), minlength=len(usage.counts[layer]))
+        filled = index_TK[index_TK < experts.num_experts]  # a router may leave slots empty
+        usage.counts[layer] += torch.bincount(filled, minlength=len(usage.counts[layer]))
         usage.gates[layer] = usage.gates.get(layer, 0.0) + gates_TK.double().sum().item()
         tokens[layer] += len(x_TD)
         for index_T1, gates_T1 in zip(index_TK.split(1, 1), gates_TK.split(1, 1), strict=True) if norms else ():
