@@ -239,7 +239,7 @@ def test_saved_and_loaded_is_the_same_router(kind, tmp_path):
 @pytest.mark.parametrize("family", [family for family in ENCODERS if "attention_mask" in batch(family)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_padding_never_takes_a_place_where_experts_choose(family, checkpointing):
-    """The same gradient whatever stands in the padding's place; an expert takes as many tokens as the real ones fill."""
+    """The same gradient whatever stands in the padding's place; an expert takes its share of the real tokens."""
     if checkpointing and TESTED[family].refused.get("gradient checkpointing"):
         pytest.skip("the dense class does not checkpoint")
     model = without_dropout(tiny_moe(family, router_type="expert_choice", router_capacity_factor=1.0)).train()
