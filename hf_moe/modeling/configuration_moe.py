@@ -29,7 +29,7 @@ class MoeConfigMixin(_Base):
         shared_expert_intermediate_size: inner width of the expert that every token visits; 0 means there is none.
         norm_topk_prob: whether the chosen gates are rescaled to sum to 1.
         router_type: how experts are chosen: "softmax", "sigmoid", "noisy", "top_p", "expert_choice" or "laplace"
-            (see `moe_routers.ROUTERS`).
+            (see `moe_router_kinds.ROUTERS`).
         router_top_p: of "top_p": a token visits the fewest experts whose probabilities sum to this.
         router_capacity_factor: of "expert_choice": experts that a token visits on average.
         router_bias_update_rate: of "sigmoid": by how much `update_router_bias` moves the selection bias; 0: it stays.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -42,6 +42,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
+from .moe_balancing import move_selection_bias
 from .moe_experts import MoeExperts
 from .moe_layers import MoeBlock
 from .moe_losses import load_balancing_loss, refuse_nonfinite, router_entropy, router_z_loss
@@ -338,31 +339,20 @@ class MoePreTrainedModelMixin(_Base):
         func = functools.partial(checkpointed, self, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, func, every_n_layers)
 
-    @torch.no_grad()
     def update_router_bias(self) -> None:
-        """Loss-free balancing (Wang et al. 2024, arXiv 2408.15664, algorithm 1), once an optimizer step: every expert
-        that got fewer tokens than the mean since the last call becomes easier to choose by
-        `router_bias_update_rate`, every other harder. Padding does not count; processes count together, and all of
-        them must call this.
+        """Loss-free balancing, once an optimizer step: every expert that got fewer tokens than the mean since the last
+        call becomes easier to choose by `router_bias_update_rate`, every other harder. Padding does not count;
+        processes count together, and all of them must call this.
 
         Raises:
             ValueError: where the routers have no selection bias.
         """
-        routers = [m for m in self.modules() if isinstance(m, TopKRouter) and m.e_score_correction_bias is not None]
+        routers = [m for m in self.modules() if isinstance(m, TopKRouter) and m.kind.has_selection_bias]
         if not routers:
             raise ValueError(
                 f"update_router_bias: router_type {self.config.router_type!r} has no selection bias; 'sigmoid' has."
             )
-        bias = [router.e_score_correction_bias for router in routers]
-        none = [torch.zeros_like(bias_E, dtype=torch.long) for bias_E in bias]
-        loads = [zeros_E if r.load_E is None else r.load_E for r, zeros_E in zip(routers, none, strict=True)]
-        load_LE = torch.stack([load_E.to(bias[0].device) for load_E in loads])
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(load_LE)
-        missing_LE = load_LE.sum(dim=1, keepdim=True) - load_LE * load_LE.shape[1]  # in integers: a tie is a tie
-        for router, bias_E, missing_E in zip(routers, bias, missing_LE, strict=True):
-            bias_E += self.config.router_bias_update_rate * missing_E.sign().to(bias_E)
-            router.load_E = None
+        move_selection_bias(routers, self.config.router_bias_update_rate)
 
     def post_init(self):
         built, wanted = sum(isinstance(m, MoeBlock) for m in self.modules()), len(self.config.moe_layer_indices)

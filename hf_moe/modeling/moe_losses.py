@@ -9,7 +9,8 @@ Letters in names: L mixture layers, B batch, S sequence, T tokens (B·S flattene
 import torch
 from torch import distributed
 
-from .moe_routers import chosen, router_probs
+from .moe_router_kinds import router_probs
+from .moe_routers import chosen
 
 
 def load_balancing_loss(
@@ -65,8 +66,8 @@ def router_entropy(
     router_logits: tuple[torch.Tensor, ...], token_mask: torch.Tensor | None = None, *, router_type: str = "softmax"
 ) -> torch.Tensor:
     """Mean entropy of a token's probabilities, in nats, averaged over tokens, then layers: 0 where every token is sure
-    of one expert, log E where all are alike to it (the local entropy of LIMoE, Mustafa et al. 2022, arXiv 2206.02770,
-    section 2.2).
+    of one expert, log E where all are alike to it (the local entropy of LIMoE, Mustafa et al. 2022, arXiv
+    2206.02770).
 
     Arguments as in `load_balancing_loss`.
     """
@@ -75,7 +76,7 @@ def router_entropy(
 
 
 def refuse_nonfinite(router_logits: tuple[torch.Tensor, ...], layers: list[int], token_mask: torch.Tensor | None):
-    """Checks all layers at once, so that an accelerator is waited for once.
+    """Checks all layers at once, so that an accelerator is waited for once; not while one records a graph.
 
     Args:
         router_logits, token_mask: as in `load_balancing_loss`.
@@ -87,6 +88,8 @@ def refuse_nonfinite(router_logits: tuple[torch.Tensor, ...], layers: list[int],
     if not router_logits:
         return
     device = router_logits[-1].device
+    if device.type == "meta" or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return
     bad = [
         _token_sum(~logits_TE.detach().isfinite().all(dim=-1), token_mask).to(device) for logits_TE in router_logits
     ]

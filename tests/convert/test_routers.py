@@ -10,7 +10,8 @@ from hf_moe.convert import certify, open_checkpoint, plan_upcycle
 from hf_moe.convert.compare import capture_feed_forward, load_model, make_batches
 from hf_moe.convert.families import FAMILIES as TABLES
 from hf_moe.errors import UsageError
-from hf_moe.modeling.moe_routers import ROUTERS, TopKRouter
+from hf_moe.modeling.moe_router_kinds import ROUTERS
+from hf_moe.modeling.moe_routers import TopKRouter
 from hf_moe.recipe import UpcycleRecipe
 from tests.conftest import FAMILIES
 

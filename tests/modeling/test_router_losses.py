@@ -8,7 +8,8 @@ from torch import distributed
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from hf_moe.modeling.moe_losses import load_balancing_loss, router_entropy
-from hf_moe.modeling.moe_routers import ROUTERS, TopKRouter
+from hf_moe.modeling.moe_router_kinds import ROUTERS
+from hf_moe.modeling.moe_routers import TopKRouter
 from tests.conftest import FAMILIES, batch, real_tokens, tiny_moe
 from tests.modeling.distributed import in_processes
 from tests.modeling.test_features import gradients, lm_inputs, without_dropout

@@ -12,7 +12,8 @@ from hf_moe.modeling import CONFIGS
 from hf_moe.modeling.moe_checks import ROUTER_TYPES
 from hf_moe.modeling.moe_experts import MoeExperts
 from hf_moe.modeling.moe_layers import MoeBlock
-from hf_moe.modeling.moe_routers import ROUTERS, ForwardPass, TopKRouter
+from hf_moe.modeling.moe_router_kinds import ROUTERS
+from hf_moe.modeling.moe_routers import ForwardPass, TopKRouter
 from tests.conftest import FAMILIES, batch, lm_class, real_tokens, tiny_moe
 from tests.families import DECODERS, TESTED
 from tests.modeling.test_features import assert_same, gradients, in_dtype, lm_inputs, without_dropout
