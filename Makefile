@@ -30,6 +30,7 @@ format: $(VENV)/dev  ## let ruff rewrite the code
 bench: $(VENV)/dev  ## the figures in benchmarks/
 	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/router_start.py
+	$(BIN)/python benchmarks/detached_normalizer.py
 	$(BIN)/python benchmarks/reductions.py
 	$(BIN)/python benchmarks/fused_gates.py
 	$(BIN)/python benchmarks/routing_report.py

@@ -150,7 +150,7 @@ def load_model(
         with quiet():
             model = model_class.from_pretrained(
                 checkpoint.path,
-                dtype=getattr(torch, rounded_to or dtype),
+                dtype=getattr(torch, dtype),
                 local_files_only=True,
                 generation_config=GenerationConfig(),
             )
@@ -159,7 +159,11 @@ def load_model(
         raise SourceError(f"{checkpoint.path}: does not load as {model_class.__name__}: {reason}") from error
     if getattr(model.config, "pad_token_id", 0) is None:
         model.config.pad_token_id = 0  # some heads refuse a batch without one; the mask is what hides padding
-    return model.to(getattr(torch, dtype)).eval()
+    if rounded_to is not None:  # what is stored, and nothing else: Gemma's scale of embeddings is not
+        for value in model.state_dict().values():
+            if value.is_floating_point():
+                value.copy_(value.to(getattr(torch, rounded_to)))
+    return model.eval()
 
 
 def make_measurable(model: PreTrainedModel, routers: list[str]) -> None:

@@ -26,7 +26,10 @@ from .headers import DTYPES, SAFETENSORS_NAMES
 from .names import check_layer_count, lacks_head, match_names, tensors_of
 from .native import Target, choose_target
 from .network import KINDS, Network, Source, find_network
-from .scheme import Exactness, Scheme, behind_sigmoid, scheme_of
+from .scheme import VARIABLE, Exactness, Scheme, behind_sigmoid, scheme_of
+
+# Kind of router -> the tensor that it has beside its weight, and starts as 0.
+ROUTER_EXTRAS = {"noisy": "noise_weight", "sigmoid": "e_score_correction_bias"}
 
 MAX_EXPERTS = 65_536
 MAX_LABELS = 1_000_000
@@ -256,6 +259,8 @@ def _moe_config(checkpoint, family, moe_class, recipe: UpcycleRecipe, layers, sc
         "moe_intermediate_size": scheme.expert_width,
         "shared_expert_intermediate_size": scheme.shared_width,
         "norm_topk_prob": recipe.norm_topk_prob,
+        "router_type": recipe.router_type,
+        "router_group_size": recipe.granularity,
         "router_aux_loss_coef": recipe.router_aux_loss_coef,
         "router_z_loss_coef": recipe.router_z_loss_coef,
     }
@@ -338,6 +343,14 @@ def _layer_tensors(
         sources=network.norm,
         layer=network.layer,
     )
+    extra = ROUTER_EXTRAS.get(getattr(target.config, "router_type", "softmax"))
+    if extra is not None:
+        name, dtype, shape = form.router.removesuffix("weight") + extra, router.dtype, router.shape
+        if extra == "e_score_correction_bias":
+            dtype, shape = "F32", shape[:1]
+        plans.append(
+            TensorPlan(name=named(name), dtype=dtype, shape=shape, method="zeros", sources=(), layer=network.layer)
+        )
     return [*plans, router]
 
 
@@ -369,7 +382,12 @@ def _check_target(tensors: list[TensorPlan], target: Target, lacking: set[str]) 
 
 def notes_on(recipe: UpcycleRecipe, alike: bool = True) -> Iterable[str]:
     """What a user should know before training; `alike`: whether all experts are made of the same network."""
-    if recipe.num_experts_per_tok == 1 and recipe.norm_topk_prob:
+    if recipe.router_type in VARIABLE:
+        yield (
+            f"With router_type {recipe.router_type!r} num_experts_per_tok is not read: router_"
+            f"{'top_p' if recipe.router_type == 'top_p' else 'capacity_factor'} says how many experts a token visits."
+        )
+    elif recipe.num_experts_per_tok == 1 and recipe.norm_topk_prob:
         yield "With top-k 1 the renormalised gate is always 1: only the balancing loss will ever train the router."
     same = alike and recipe.method == "copy" and recipe.granularity == 1
     if same and recipe.noise_std == 0 and recipe.drop_ratio == 0:

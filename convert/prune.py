@@ -120,6 +120,9 @@ def _open(verb, source, output, num_experts, revision, max_shard_size, overwrite
         max_shard_size=max_shard_size,
         progress=progress,
     )
+    router_type = getattr(job.mixture.config, "router_type", "softmax")
+    if router_type != "softmax":
+        raise UsageError(f"{source}: has routers of type {router_type!r}; {verb} knows softmax ones only.")
     held, size = job.mixture.num_experts, copy_size(job.mixture)
     if num_experts < 2:
         raise UsageError(f"num_experts is {num_experts}, but a mixture needs at least 2; downcycle makes one network.")

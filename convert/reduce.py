@@ -204,6 +204,8 @@ def recorded_recipe(mixture: Mixture) -> UpcycleRecipe | None:
 
 def copy_size(mixture: Mixture) -> int:
     """How many experts in a row make one copy, which the router still takes or leaves as a whole."""
+    if (tied_size := getattr(mixture.config, "router_group_size", 1)) > 1:
+        return tied_size
     recipe = recorded_recipe(mixture)
     size = recipe.granularity if recipe is not None else 1
     if size < 2 or mixture.num_experts % size or mixture.top_k % size:

@@ -43,6 +43,21 @@ def calibrated_normal(
     return rows_ED * (logit_std / deviation_E1.where(deviation_E1 > 0, 1.0))
 
 
+def for_distances(rows_ED: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor | None) -> torch.Tensor:
+    """Rows for a router of distances (`router_type` "laplace") whose logits deviate as those of `rows_ED` in products.
+
+    -‖x - w‖ ≈ -‖x‖ + w·x/‖x‖ for a w that is short beside x, so w is a row times ‖x‖: what a norm puts out,
+    x = z·weight + bias, has mean square ‖weight‖² + ‖bias‖². All rows share the first term, which changes no gate.
+
+    Args:
+        rows_ED, norm_weight, norm_bias: as in `calibrated_normal`.
+    """
+    square = norm_weight.float().square().sum()
+    if norm_bias is not None:
+        square = square + norm_bias.float().square().sum()
+    return rows_ED * square.sqrt()
+
+
 def tied(rows_RD: torch.Tensor, group_size: int) -> torch.Tensor:
     """Each row for `group_size` experts in a row: a group's logits are equal, so top-k takes it whole."""
     return rows_RD.repeat_interleave(group_size, dim=0)

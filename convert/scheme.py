@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from hf_moe.errors import UsageError
+from hf_moe.modeling import MoeConfigMixin
 from hf_moe.recipe import UpcycleRecipe
 
 EXACT = "exact"
@@ -17,6 +18,9 @@ NOT_PRESERVING = "not preserving"
 
 # Deviation of the logits where they should be equal: enough to break ties in every dtype.
 TIE_STD = 1e-4
+
+# Kinds of router by which tokens visit different numbers of experts; `num_experts_per_tok` says nothing to them.
+VARIABLE = ("top_p", "expert_choice")
 
 # Half a unit in the last place: how far rounding moves a weight at most, relative to it.
 ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -80,6 +84,7 @@ def scheme_of(recipe: UpcycleRecipe, width: int, *, gated: bool, dtype: str) -> 
     Raises:
         UsageError: where the numbers do not fit.
     """
+    _check_router(recipe)
     parts = _parts(recipe)
     shared_weight = recipe.shared_expert_weight
     shared_is_copy = shared_weight is not None
@@ -127,6 +132,20 @@ def router_logit_std(recipe: UpcycleRecipe) -> float:
     if recipe.router_init == "zero" or (recipe.router_init == "auto" and not recipe.norm_topk_prob):
         return TIE_STD
     return float(recipe.router_logit_std)
+
+
+def _check_router(recipe: UpcycleRecipe) -> None:
+    """What fits a kind of router; the configuration knows their names."""
+    kind = recipe.router_type
+    if kind != "softmax" and not recipe.norm_topk_prob:
+        raise UsageError(
+            f"router_type {kind!r} without norm_topk_prob is not planned: what gates sum to would be unknown."
+        )
+    if kind in VARIABLE and recipe.method == "split":
+        raise UsageError(
+            f"router_type {kind!r} sends tokens to different numbers of experts, but with method 'split' a token must "
+            "visit as many parts as every other; use method 'copy'."
+        )
 
 
 def _parts(recipe: UpcycleRecipe) -> int:
@@ -179,6 +198,9 @@ def _exactness(
             conditions[f"all gates were equal (the router's logits differ by {std:g})"] = spread * routed_share
         else:
             changes[f"the router's logits differ by {std:g}, so the gates are not equal"] = spread * routed_share
+    if recipe.router_type == "expert_choice":
+        missed = (1 - MoeConfigMixin.router_capacity_factor / experts) ** experts
+        changes["experts choose tokens, and some tokens are chosen by none"] = math.sqrt(missed) * routed_share
     if recipe.drop_ratio > 0:
         ratio = recipe.drop_ratio
         error = math.sqrt(ratio**2 + ratio * (2 - ratio) / top_k) * math.sqrt(routed_share)

@@ -13,7 +13,7 @@ from .headers import DTYPES
 from .network import is_finite
 from .partition import deal
 from .plan import Plan, TensorPlan
-from .routers import calibrated_normal, tied
+from .routers import calibrated_normal, for_distances, tied
 from .scheme import router_logit_std
 
 PIECE_VALUES = 8 * 2**20
@@ -90,13 +90,17 @@ def _router(tensor: TensorPlan, plan: Plan) -> Iterator[torch.Tensor]:
         return
     norm = [plan.source.read(source) for source in tensor.sources]
     group = plan.recipe.granularity
+    weight = norm[0].float() + plan.family.norm_offset if norm else torch.ones(tensor.shape[1])
+    bias = norm[1] if len(norm) > 1 else None
     rows = calibrated_normal(
         tensor.shape[0] // group,
-        norm[0].float() + plan.family.norm_offset if norm else torch.ones(tensor.shape[1]),
-        norm[1] if len(norm) > 1 else None,
+        weight,
+        bias,
         router_logit_std(plan.recipe),
         _generator(plan, "router", tensor.layer),
     )
+    if plan.recipe.router_type == "laplace":
+        rows = for_distances(rows, weight, bias)
     yield tied(rows, group).to(DTYPES[tensor.dtype])
 
 

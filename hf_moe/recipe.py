@@ -139,6 +139,7 @@ class UpcycleRecipe(Recipe):
         noise_std: noise on every expert's weight matrices, in units of each matrix's own standard deviation.
         drop_ratio: share of every expert's neurons that start anew.
         norm_topk_prob: whether the chosen gates are renormalised to sum to 1.
+        router_type: how experts are chosen: "softmax", "sigmoid", "noisy", "top_p", "expert_choice" or "laplace".
         router_init: "normal": logits of deviation `router_logit_std`; "zero": equal ones, but for ties; "auto": "zero"
             where only that preserves the function.
         router_logit_std: standard deviation that the router's logits start with, on the inputs its norm makes.
@@ -166,6 +167,7 @@ class UpcycleRecipe(Recipe):
     noise_std: float | int = 0.0
     drop_ratio: float | int = 0.0
     norm_topk_prob: bool = True
+    router_type: str = "softmax"
     router_init: Literal["auto", "normal", "zero"] = "auto"
     router_logit_std: float | int = 0.1
     router_aux_loss_coef: float | int = 0.001

@@ -80,6 +80,12 @@ def upcycle(
     norm_topk_prob: Annotated[
         bool | None, typer.Option(help="Rescale the chosen gates to sum to 1. [default: yes]", show_default=False)
     ] = None,
+    router_type: Annotated[
+        str | None,
+        typer.Option(
+            help="'softmax', 'sigmoid', 'noisy', 'top_p', 'expert_choice' or 'laplace'. [default: softmax]",
+        ),
+    ] = None,
     router_init: Annotated[str | None, typer.Option(help="'auto', 'normal' or 'zero'. [default: auto]")] = None,
     target: Annotated[
         str | None, typer.Option(help="Classes to write: 'hf_moe', 'native' or 'auto'. [default: hf_moe]")
@@ -113,6 +119,7 @@ def upcycle(
         "noise_std": noise_std,
         "router_logit_std": router_logit_std,
         "norm_topk_prob": norm_topk_prob,
+        "router_type": router_type,
         "router_init": router_init,
         "target": target,
         "dtype": dtype,

@@ -1,6 +1,5 @@
 """The fields that every Mixture-of-Experts configuration shares, under the names the ecosystem already reads."""
 
-import math
 import shutil
 import sys
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import PretrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
+
+from .moe_checks import check_router
 
 if TYPE_CHECKING:
     _Base = PretrainedConfig  # what the mixin is mixed into
@@ -27,10 +28,20 @@ class MoeConfigMixin(_Base):
         moe_intermediate_size: inner width of one expert; `None` means the dense network's.
         shared_expert_intermediate_size: inner width of the expert that every token visits; 0 means there is none.
         norm_topk_prob: whether the chosen gates are rescaled to sum to 1.
+        router_type: how experts are chosen: "softmax", "sigmoid", "noisy", "top_p", "expert_choice" or "laplace"
+            (see `moe_router_kinds.ROUTERS`).
+        router_top_p: of "top_p": a token visits the fewest experts whose probabilities sum to this.
+        router_capacity_factor: of "expert_choice": experts that a token visits on average.
+        router_bias_update_rate: of "sigmoid": by how much `update_router_bias` moves the selection bias; 0: it stays.
+        router_group_size: how many experts in a row are taken or left together; `num_experts_per_tok` counts experts.
+        router_detach_normalizer: whether the sum that gates are divided by gets no gradient.
         router_aux_loss_coef: weight of the load-balancing loss, which is added to `loss` while training.
+        router_aux_loss_scope: whose tokens that loss balances: those of a process ("micro_batch") or of all processes
+            ("global_batch").
         router_z_loss_coef: weight of the router z-loss, likewise.
+        router_entropy_coef: weight of the router's entropy, likewise; positive makes it surer, negative less sure.
         router_jitter_noise: half-width of the uniform noise that multiplies the router's input while training.
-        output_router_logits: whether forward passes return `router_logits`, `aux_loss` and `z_loss`.
+        output_router_logits: whether forward passes return `router_logits`, `aux_loss`, `z_loss` and `router_entropy`.
         upcycled_from: the dense checkpoint this model was made from: `source`, `revision`, `sha256` (file -> digest).
         fused_from: the same of each checkpoint whose networks the experts are, where they are not its own.
 
@@ -46,7 +57,13 @@ class MoeConfigMixin(_Base):
     modeling_module: ClassVar[str]
     auto_classes: ClassVar[dict[str, str]]
 
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "router_logits", "aux_loss", "z_loss"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "router_logits",
+        "aux_loss",
+        "z_loss",
+        "router_entropy",
+    ]
 
     num_experts: int = 8
     num_experts_per_tok: int = 2
@@ -54,8 +71,16 @@ class MoeConfigMixin(_Base):
     moe_intermediate_size: int | None = None
     shared_expert_intermediate_size: int = 0
     norm_topk_prob: bool = True
+    router_type: str = "softmax"
+    router_top_p: float | int = 0.4
+    router_capacity_factor: float | int = 2.0
+    router_bias_update_rate: float | int = 0.001
+    router_group_size: int = 1
+    router_detach_normalizer: bool = False
     router_aux_loss_coef: float | int = 0.001
+    router_aux_loss_scope: str = "micro_batch"
     router_z_loss_coef: float | int = 0.0
+    router_entropy_coef: float | int = 0.0
     router_jitter_noise: float | int = 0.0
     output_router_logits: bool = False
     upcycled_from: dict[str, Any] | None = None
@@ -91,11 +116,7 @@ class MoeConfigMixin(_Base):
             raise ValueError(
                 f"shared_expert_intermediate_size is {self.shared_expert_intermediate_size}; it can't be negative."
             )
-        if not 0 <= self.router_jitter_noise < 1:
-            raise ValueError(f"router_jitter_noise is {self.router_jitter_noise}, but it must lie in [0, 1).")
-        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; a loss weight is finite and can't be negative.")
+        check_router(self)
         self._validate_moe_layers()
 
     def _validate_moe_layers(self):

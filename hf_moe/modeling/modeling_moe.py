@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
@@ -41,10 +42,12 @@ from transformers.modeling_outputs import (
 from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
+from .moe_balancing import move_selection_bias
 from .moe_experts import SORTED_MM, MoeExperts
 from .moe_layers import MoeBlock
-from .moe_losses import load_balancing_loss, router_z_loss
+from .moe_losses import load_balancing_loss, refuse_nonfinite, router_entropy, router_z_loss
 from .moe_routers import TopKRouter
+from .moe_state import RouterState, checkpointed, hand_down, take_back
 
 logger = logging.get_logger(__name__)
 
@@ -87,22 +90,6 @@ def auto_model_of(body_class: type[PreTrainedModel]) -> types.SimpleNamespace:
     return types.SimpleNamespace(from_config=body_class)
 
 
-class RouterState:
-    """What a body hands up to its head in one forward pass.
-
-    An opaque object on purpose: containers among keyword arguments are copied by FSDP and Accelerate on the way.
-    """
-
-    router_logits: tuple[torch.Tensor, ...] = ()
-    token_mask: torch.Tensor | None = None
-
-    def fill(self, body, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None) -> None:
-        """`router_logits` are none where LayerDrop skipped every mixture."""
-        self.router_logits = router_logits
-        if router_logits:
-            self.token_mask = body.token_mask(attention_mask, router_logits[0].shape[0])
-
-
 def body_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Callable:
     """The dense body's `forward`, returning `router_logits` and filling a head's `router_state`.
 
@@ -116,12 +103,18 @@ def body_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
         kwargs.update(_named(names, args))
         return_dict = kwargs.pop("return_dict", None)
         if router_state is not None:
-            kwargs["output_router_logits"] = True
+            kwargs["output_router_logits"] = kwargs["output_router_index"] = True
             _install_capturing(self)
-        outputs = dense_forward(self, **kwargs, return_dict=True)
+        told = hand_down(self, kwargs.get("attention_mask"))
+        try:
+            outputs = dict(dense_forward(self, **kwargs, return_dict=True).items())
+        finally:
+            take_back(told)
         if router_state is not None:
-            router_state.fill(self, outputs["router_logits"], kwargs.get("attention_mask"))
-        return _as_requested(self, output_class(**dict(outputs.items())), return_dict)
+            router_state.router_logits = outputs["router_logits"]
+            router_state.router_index = outputs.pop("router_index")
+            router_state.find_mask(self, kwargs.get("attention_mask"))
+        return _as_requested(self, output_class(**outputs), return_dict)
 
     return _own(forward, dense_forward, output_class)
 
@@ -130,8 +123,8 @@ def head_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
     """The dense head's `forward`, adding the weighted auxiliary losses to `loss` and returning them.
 
     Extra keyword arguments: `output_router_logits` (default: the configuration's), which makes the outputs carry
-    `router_logits`, `aux_loss` and `z_loss`; and `num_items_in_batch`, the number of labels in the whole optimizer
-    step as Trainer counts it, by which the loss is then normalised, auxiliary part included.
+    `router_logits`, `aux_loss`, `z_loss` and `router_entropy`; and `num_items_in_batch`, the number of labels in the
+    whole optimizer step as Trainer counts it, by which the loss is then normalised, auxiliary part included.
     While training the losses are always computed, returned, and added to `loss`. In evaluation `loss` is the task's
     alone, so that it compares with a dense model's.
 
@@ -158,13 +151,11 @@ def head_forward(dense_forward: Callable, output_class: type[ModelOutput]) -> Ca
         outputs = dict(dense_forward(self, **kwargs, router_state=router_state, return_dict=True).items())
 
         if router_state is not None and router_state.token_mask is None:  # the mask ended above the layers
-            router_state.fill(self, router_state.router_logits, kwargs.get("attention_mask"))
+            router_state.find_mask(self, kwargs.get("attention_mask"))
         if router_state is not None and on_top:
-            logits, mask = router_state.router_logits, router_state.token_mask
-            outputs["aux_loss"] = load_balancing_loss(logits, self.config.num_experts_per_tok, mask)
-            outputs["z_loss"] = router_z_loss(logits, mask)
+            outputs |= self._router_losses(router_state)
             if output_router_logits:
-                outputs["router_logits"] = logits
+                outputs["router_logits"] = router_state.router_logits
         if "loss" in outputs:
             outputs["loss"] = self._total_loss(outputs, kwargs, num_items_in_batch)
         return _as_requested(self, output_class(**outputs), return_dict)
@@ -277,6 +268,8 @@ class MoePreTrainedModelMixin(_Base):
     # The loss is normalised by `num_items_in_batch` in every head, which the dense heads do only in part.
     accepts_loss_kwargs = True
 
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
     # Set by the hf_moe package: conversion does not travel with a checkpoint.
     from_dense: ClassVar[Any]
 
@@ -286,7 +279,9 @@ class MoePreTrainedModelMixin(_Base):
         recorded: dict[str, Any] = {}
         for base in reversed(cls.__mro__):
             recorded |= vars(base).get("_can_record_outputs") or {}
-        cls._can_record_outputs = {**recorded, "router_logits": OutputRecorder(TopKRouter, index=0)}
+        recorded["router_logits"] = OutputRecorder(TopKRouter, index=0)
+        recorded["router_index"] = OutputRecorder(TopKRouter, index=2)  # for the losses; no output has it
+        cls._can_record_outputs = recorded
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -310,6 +305,10 @@ class MoePreTrainedModelMixin(_Base):
         std = getattr(self.config, "initializer_range", None) or getattr(self.config, "init_std", None) or 0.02
         if isinstance(module, TopKRouter):
             init.normal_(module.weight, mean=0.0, std=std)
+            if module.noise_weight is not None:
+                init.zeros_(module.noise_weight)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, MoeExperts):
             for name, parameter in module.named_parameters():
                 if name.endswith("_bias"):
@@ -340,6 +339,27 @@ class MoePreTrainedModelMixin(_Base):
             )
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
+    ):
+        func = functools.partial(checkpointed, self, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, func, every_n_layers)
+
+    def update_router_bias(self) -> None:
+        """Loss-free balancing, once an optimizer step: every expert that got fewer tokens than the mean since the last
+        call becomes easier to choose by `router_bias_update_rate`, every other harder. Padding does not count;
+        processes count together, and all of them must call this.
+
+        Raises:
+            ValueError: where the routers have no selection bias.
+        """
+        routers = [m for m in self.modules() if isinstance(m, TopKRouter) and m.kind.has_selection_bias]
+        if not routers:
+            raise ValueError(
+                f"update_router_bias: router_type {self.config.router_type!r} has no selection bias; 'sigmoid' has."
+            )
+        move_selection_bias(routers, self.config.router_bias_update_rate)
+
     def post_init(self):
         built, wanted = sum(isinstance(m, MoeBlock) for m in self.modules()), len(self.config.moe_layer_indices)
         if built != wanted:
@@ -348,6 +368,11 @@ class MoePreTrainedModelMixin(_Base):
                 "this version of the model code does not fit the installed Transformers."
             )
         if isinstance(self, GenerationMixin):
+            if self.config.router_type == "expert_choice":
+                raise ValueError(
+                    f"router_type 'expert_choice' does not fit {type(self).__name__}, which generates: experts choose "
+                    "among all tokens of the batch, which would leak the future."
+                )
             self.loss_type = "ForCausalLM"  # Transformers reads it off the class name, which says LMHeadModel here
         super().post_init()
 
@@ -356,6 +381,28 @@ class MoePreTrainedModelMixin(_Base):
         """Whether the head's loss is a sum over the batch, whose parts need no weights."""
         return False
 
+    def _router_losses(self, state: RouterState) -> dict[str, torch.Tensor]:
+        """What the routers' losses are, unweighted; all of the routers' own kind.
+
+        Raises:
+            FloatingPointError: where a router's logits are NaN or Inf. (A compiled model can't look.)
+        """
+        config, logits, mask = self.config, state.router_logits, state.token_mask
+        if not torch.compiler.is_compiling():
+            refuse_nonfinite(logits, config.moe_layer_indices, mask)
+        return {
+            "aux_loss": load_balancing_loss(
+                logits,
+                config.num_experts_per_tok,
+                mask,
+                router_index=state.router_index,
+                router_type=config.router_type,
+                over_processes=self.training and config.router_aux_loss_scope == "global_batch",
+            ),
+            "z_loss": router_z_loss(logits, mask),
+            "router_entropy": router_entropy(logits, mask, router_type=config.router_type),
+        }
+
     def _total_loss(self, outputs: dict, inputs: dict, num_items_in_batch) -> torch.Tensor:
         """The task's mean loss, plus the weighted auxiliary losses while training, as a share of the whole batch."""
         loss = outputs["loss"]
@@ -363,6 +410,7 @@ class MoePreTrainedModelMixin(_Base):
         if self.training:
             auxiliary = auxiliary + self.config.router_aux_loss_coef * outputs["aux_loss"].to(loss.device)
             auxiliary = auxiliary + self.config.router_z_loss_coef * outputs["z_loss"].to(loss.device)
+            auxiliary = auxiliary + self.config.router_entropy_coef * outputs["router_entropy"].to(loss.device)
         shifted = inputs.get("shift_labels")
         labels = inputs.get("labels") if shifted is None else shifted
         if num_items_in_batch is None or labels is None:
@@ -386,11 +434,13 @@ class RouterOutput(ModelOutput):
     Args:
         aux_loss: load-balancing loss, unweighted, averaged over the layers.
         z_loss: router z-loss, likewise.
+        router_entropy: mean entropy of a token's probabilities, in nats, likewise.
         router_logits: one (batch · sequence, num_experts) tensor a mixture layer, before the softmax.
     """
 
     aux_loss: torch.FloatTensor | None = None
     z_loss: torch.FloatTensor | None = None
+    router_entropy: torch.FloatTensor | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
 
 

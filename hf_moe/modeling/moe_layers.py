@@ -46,6 +46,10 @@ class MoeBlock(nn.Module):
             "activation_dropout": activation_dropout,
         }
         self.experts = MoeExperts(config, **network)
+        if self.gate.kind.leaves_slots_empty:
+            # Transformers' implementations skip indices past the last expert only where they are told of such slots,
+            # which its own models have under expert parallelism alone.
+            self.experts._is_expert_parallel = True  # type: ignore[assignment]
         self.shared_expert = SharedExpert(config, **network) if config.shared_expert_intermediate_size else None
         self.dropout = nn.Dropout(dropout)
 
