@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 import hf_moe
 from hf_moe.modeling.moe_routers import TopKRouter
-from hf_moe.routing.load import expert_load
+from hf_moe.routing import gather
 
 MODULES = ["argparse", "ast", "datetime", "decimal", "doctest", "inspect", "pdb", "pickle", "pydoc", "tarfile"]
 MODULES += ["threading", "turtle", "typing", "zipfile"]
@@ -118,7 +118,7 @@ def run(seed: int, steps: int, folder: Path) -> dict[str, dict[str, float]]:
         start, gradient = held_out(model, other), router_gradient(model, ids)
         torch.manual_seed(seed)
         train(model, ids, steps, seed + 1000)
-        load = 0.0 if name.startswith("dense") else expert_load(model, [{"input_ids": rows}]).max().item()
+        load = 0.0 if name.startswith("dense") else gather(model, [{"input_ids": rows}]).load.max().item()
         measured[name] = {
             "loss before": start,
             "loss": held_out(model, other),
