@@ -185,7 +185,9 @@ def main() -> None:
     show(rows)
     file = Path(__file__).with_suffix(".json")
     known = json.loads(file.read_text()) if file.is_file() else {}
-    file.write_text(json.dumps(known | {machine(device): rows}, indent=2) + "\n")
+    measured = {f"{row['shape']} {row['dtype']} T={row['tokens']} {row['mode']}": row["seconds"] for row in rows}
+    known[machine(device)] = known.get(machine(device), {}) | measured
+    file.write_text(json.dumps(known, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The documents: every command and every piece of Python in them runs, in the order they stand."""
 
 import ast
+import json
 import re
 import shlex
 import shutil
@@ -84,3 +85,21 @@ def count_statement_lines(source: str) -> int:
         if names or docstring or isinstance(node, ast.Import | ast.ImportFrom):
             lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     return sum(bool(source.splitlines()[line - 1].strip()) for line in lines)
+
+
+def test_the_speeds_of_the_readme_are_those_measured():
+    """Rows: what, then one cell a shape; each figure as the benchmark wrote it."""
+    readme = (ROOT / "README.md").read_text()
+    measured = json.loads((ROOT / "benchmarks" / "convert_speed.json").read_text())
+    rows = {
+        "`cat` of the result into one file, synced": ("limit", "seconds", ".1f"),
+        "`dd` of it, past the page cache": ("limit, direct", "seconds", ".1f"),
+        "hf_moe": ("hf_moe", "inside", ".1f"),
+        "hf_moe, with the sha256 of every file": ("hf_moe, with manifest", "inside", ".1f"),
+        "mergekit-moe 0.1.5": ("mergekit-moe", "inside", ".1f"),
+        "peak memory of hf_moe, MB": ("hf_moe, with manifest", "peak_mb", ".0f"),
+        "peak memory of mergekit-moe, MB": ("mergekit-moe", "peak_mb", ",.0f"),
+    }
+    for label, (who, what, form) in rows.items():
+        cells = [format(found[who][what], form) if who in found else "" for found in measured.values()]
+        assert f"| {label} | {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |") in readme, label

@@ -36,12 +36,15 @@ def sorted_mm_experts_forward(
             y_KD = _network(experts, hidden_states, _one_by_one, picked)
             return combine(y_KD, top_k_weights).to(hidden_states.dtype)
     order_S, place_S, bounds = sort_assignments(top_k_index, experts.num_experts)
+    if not torch.is_grad_enabled():
+        y_SD = _expert_by_expert(experts, hidden_states[order_S // top_k_index.shape[1]], bounds)
+        return combine(y_SD[place_S], top_k_weights).to(hidden_states.dtype)
     x_SD = _Gather.apply(hidden_states, order_S, place_S, top_k_index.shape[1])
     y_SD = _network(experts, x_SD, _GroupedLinear.apply, bounds)
     return _Combine.apply(y_SD, top_k_weights, order_S, place_S).to(hidden_states.dtype)
 
 
-def _network(experts: Any, x_SD: torch.Tensor, linear: Callable[..., torch.Tensor], whose: list[int]) -> torch.Tensor:
+def _network(experts: Any, x_SD: torch.Tensor, linear: Callable[..., torch.Tensor], whose: Any) -> torch.Tensor:
     """What the experts make of rows; `linear` (rows, weight (E, O, I), bias (E, O), `whose`) finds each row's own."""
 
     def project(x_SI: torch.Tensor, name: str) -> torch.Tensor:
@@ -56,6 +59,21 @@ def _network(experts: Any, x_SD: torch.Tensor, linear: Callable[..., torch.Tenso
     h_SF = experts._apply_gate(h_SF) if experts.has_gate else experts.act_fn(h_SF)
     y_SD = project(h_SF, "down_proj")
     return experts.post_expert_norm(y_SD) if experts.has_post_expert_norm else y_SD
+
+
+def _expert_by_expert(experts: Any, x_SD: torch.Tensor, bounds: list[int]) -> torch.Tensor:
+    """What each expert makes of its rows, activations while they are in the cache; 0 behind the last expert's."""
+    made = [
+        _network(experts, x_SD[start:end], _of_one, expert)
+        for expert, (start, end) in enumerate(pairwise(bounds))
+        if start < end
+    ]
+    nobodys = len(x_SD) - bounds[-1]
+    return torch.cat([*made, x_SD.new_zeros(nobodys, x_SD.shape[1])]) if nobodys or not made else torch.cat(made)
+
+
+def _of_one(x: torch.Tensor, weight_EOI: torch.Tensor, bias_EO: torch.Tensor | None, expert: int) -> torch.Tensor:
+    return functional.linear(x, weight_EOI[expert], None if bias_EO is None else bias_EO[expert])
 
 
 def _one_by_one(
