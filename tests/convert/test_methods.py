@@ -110,7 +110,7 @@ REFUSED = {
     "nothing cuts them": {"partition": "kmeans"},
     "name a file as calibration": {"granularity": 2, "partition": "coactivation"},
     "method is 'copied'; choose from copy, split": {"method": "copied"},
-    "doesn't match any type": {"dtype": "int8"},
+    "dtype is 'int8'; choose from float64, float32, bfloat16, float16": {"dtype": "int8"},
 }
 
 
