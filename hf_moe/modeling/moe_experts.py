@@ -81,9 +81,7 @@ def _one_by_one(
 ) -> torch.Tensor:
     """One token's experts (K, O): its row (1, I) by each of them, or theirs (K, I) each by its own."""
     rows = x.split(1) if len(x) > 1 else [x] * len(picked)
-    if bias_EO is None:
-        return torch.cat([row @ weight_EOI[expert].t() for row, expert in zip(rows, picked, strict=True)])
-    return torch.cat([functional.linear(row, weight_EOI[e], bias_EO[e]) for row, e in zip(rows, picked, strict=True)])
+    return torch.cat([_of_one(row, weight_EOI, bias_EO, e) for row, e in zip(rows, picked, strict=True)])
 
 
 def runs_sorted(hidden_states: torch.Tensor) -> bool:
@@ -260,9 +258,8 @@ class MoeExperts(_DispatchedExperts):
     ) -> torch.Tensor:
         """`hidden_states` (T, D), `top_k_index` and `top_k_weights` (T, K) -> (T, D)."""
         implementation = self.config._experts_implementation
-        if implementation == SORTED_MM and runs_sorted(
-            hidden_states
-        ):  # this file's, whatever another registered since
+        # This file's function, whatever another version of it has registered since.
+        if implementation == SORTED_MM and runs_sorted(hidden_states):
             return sorted_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
         if implementation in ("grouped_mm", SORTED_MM) and not self._grouped_mm_fits(hidden_states.dtype):
             return self.loop(hidden_states, top_k_index, top_k_weights)
