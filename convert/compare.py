@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from hf_moe.errors import SourceError
+from hf_moe.routing.hooks import removing
 
 from .checkpoint import Checkpoint
 from .classes import body_of
@@ -343,11 +344,8 @@ def watch_networks(
             seen[place][layer].append(output if place == "out" else args[0])
 
         handles.append(body_of(family, dense).get_submodule(name).register_forward_hook(keep))
-    try:
+    with removing(handles):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def capture_feed_forward(

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hf_moe.errors import UsageError
-from hf_moe.routing.hooks import attach, experts_of
+from hf_moe.routing.hooks import attach, experts_of, removing
 
 from .checkpoint import Checkpoint
 from .compare import Batch, load_model, pad, run_model, token_ids
@@ -193,11 +193,8 @@ def watched(
                 see_gate(layer, output.flatten() if kept[0] is None else output.flatten()[kept[0]])
 
             handles.append(gate.register_forward_hook(after_gate))
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def gate_sums(model: PreTrainedModel, routers: dict[int, torch.Tensor], top_k: int, text: Text) -> dict[int, float]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in a test may wait for a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers run side by side
@@ -12,6 +13,7 @@ from transformers import BertTokenizer, GPT2Tokenizer, Wav2Vec2CTCTokenizer, XLM
 from transformers.utils import logging
 
 import hf_moe
+from hf_moe.cli import main
 from hf_moe.convert import FAMILIES as TABLES
 from hf_moe.modeling import CONFIGS, model_class
 from tests.families import TESTED
@@ -291,3 +293,21 @@ def assert_equal(got, expected):
             assert_equal(one, other)
     elif isinstance(expected, torch.Tensor):
         assert torch.equal(got, expected)
+
+
+@pytest.fixture
+def hf_moe_command(monkeypatch, capsys):
+    """Runs `hf-moe ARGUMENTS` in this process -> (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hf-moe", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

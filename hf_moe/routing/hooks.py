@@ -95,14 +95,20 @@ def _kept(model: nn.Module, attention_mask: torch.Tensor | None, tokens: int) ->
 
 
 @contextmanager
-def watched(model: nn.Module, see: See) -> Iterator[None]:
-    """`attach` for a while."""
-    handles = attach(model, see)
+def removing(handles: list[RemovableHandle]) -> Iterator[None]:
+    """Hooks that last as long as the block."""
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def watched(model: nn.Module, see: See) -> Iterator[None]:
+    """`attach` for a while."""
+    with removing(attach(model, see)):
+        yield
 
 
 @contextmanager
@@ -126,8 +132,5 @@ def refusing_nan(model: nn.Module) -> Iterator[None]:
                     raise SourceError(f"layer {layer}: the router's logits are NaN: {why}.")
 
             handles.append(router.register_forward_hook(after_router))
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -13,28 +13,9 @@ from safetensors import safe_open
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
 
 import hf_moe
-from hf_moe.cli import main
 from hf_moe.errors import UsageError
 from tests.conftest import FAMILIES, TEXT_FAMILIES, batch
 from tests.families import TESTED
-
-
-@pytest.fixture
-def hf_moe_command(monkeypatch, capsys):
-    """Runs `hf-moe ARGUMENTS` in this process -> (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hf-moe", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,7 +2,7 @@
 
 import builtins
 import json
-import sys
+from functools import partial
 from importlib import util
 
 import pytest
@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hf_moe
-from hf_moe.cli import main
 from hf_moe.cli.spread import spread
 from hf_moe.convert import open_checkpoint, open_mixture
 from hf_moe.convert.similarity import expert_similarity
@@ -22,22 +21,10 @@ FILES = {"routing.json", "report.html", "load.png", "together.png"}
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(hf_moe_command, monkeypatch, tmp_path):
     """Runs `hf-moe routing ARGUMENTS` in a folder of its own -> (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hf-moe", "routing", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    return partial(hf_moe_command, "routing")
 
 
 @pytest.fixture

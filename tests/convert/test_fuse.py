@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import hf_moe
-from hf_moe.cli import main
 from hf_moe.convert import FAMILIES as TABLES
 from hf_moe.convert import fit, open_checkpoint, routers
 from hf_moe.convert.compare import capture_feed_forward, load_model, pad
@@ -415,23 +413,7 @@ def test_the_mixture_in_memory_is_the_one_on_disk(changed, tmp_path):
 # As a user types it
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hf-moe", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-def test_a_recipe_of_mergekits(changed, command, tmp_path):
+def test_a_recipe_of_mergekits(changed, hf_moe_command, tmp_path):
     base, sources = changed("llama")
     recipe = {
         "base_model": str(base),
@@ -446,33 +428,33 @@ def test_a_recipe_of_mergekits(changed, command, tmp_path):
     }
     file, output = tmp_path / "recipe.yaml", tmp_path / "moe"
     file.write_text(yaml.safe_dump(recipe))
-    code, out, err = command("fuse", file, output, "--dry-run", "--json")
+    code, out, err = hf_moe_command("fuse", file, output, "--dry-run", "--json")
     assert code == 0, err
     assert not output.exists()
     described = json.loads(out)
     assert described["experts"] == ["c0", "c1"]
     assert described["num_experts_per_tok"] == 1
     assert any("architecture 'mixtral'" in note for note in described["notes"])
-    code, out, err = command("fuse", file, output, "--top-k", 2, "--max-shard-size", "40KB")
+    code, out, err = hf_moe_command("fuse", file, output, "--top-k", 2, "--max-shard-size", "40KB")
     assert code == 0, err
     assert "as the recipe says" in out
     assert len(list(output.glob("model-*.safetensors"))) > 1
     assert json.loads((output / "config.json").read_text())["num_experts_per_tok"] == 2
-    assert command("fuse", file, output)[2].endswith("--overwrite replaces it.\n")
-    code, out, err = command("fuse", file, output, "--overwrite", "-q", "--no-verify")
+    assert hf_moe_command("fuse", file, output)[2].endswith("--overwrite replaces it.\n")
+    code, out, err = hf_moe_command("fuse", file, output, "--overwrite", "-q", "--no-verify")
     assert (code, out, err) == (0, "", "")
-    assert [entry["source"] for entry in json.loads(command("inspect", output, "--json")[1])["fused_from"]] == [
+    assert [entry["source"] for entry in json.loads(hf_moe_command("inspect", output, "--json")[1])["fused_from"]] == [
         "c0",
         "c1",
     ]
-    code, out, err = command("verify", base, output)
+    code, out, err = hf_moe_command("verify", base, output)
     assert code == 1
     assert "is fused from several models" in err
-    code, out, err = command("verify", file, output)
+    code, out, err = hf_moe_command("verify", file, output)
     assert code == 0, err
     assert "as the recipe says" in out
     change(Path(sources[1]), Path(sources[1]), 9)
-    code, out, _ = command("verify", file, output)
+    code, out, _ = hf_moe_command("verify", file, output)
     assert code == 1
     assert "is not as planned" in out
 
@@ -556,7 +538,7 @@ def folders(dense_folder, tmp_path, changed):
     return {name: str(folder) for name, folder in made.items()}
 
 
-def test_bad_recipes_are_refused_in_one_line(folders, command, tmp_path):
+def test_bad_recipes_are_refused_in_one_line(folders, hf_moe_command, tmp_path):
     before = sorted(tmp_path.iterdir())
     file = tmp_path / "recipe.yaml"
     for recipe, message in BAD:
@@ -564,7 +546,7 @@ def test_bad_recipes_are_refused_in_one_line(folders, command, tmp_path):
         for name, folder in folders.items():
             text = text.replace(f": {name}\n", f": {folder}\n").replace(f": {name}+", f": {folder}+")
         file.write_text(text)
-        code, out, err = command("fuse", file, tmp_path / "moe")
+        code, out, err = hf_moe_command("fuse", file, tmp_path / "moe")
         assert code in (1, 2), message
         assert message in err
         assert err.count("\n") == 1, err
@@ -594,10 +576,10 @@ LAUGHS = "x: &a [y, y, y, y, y, y, y, y, y, y]\n" + "".join(
     ],
 )
 @pytest.mark.parametrize("verb", ["fuse", "upcycle"])
-def test_hostile_recipes(verb, text, message, command, tmp_path):
+def test_hostile_recipes(verb, text, message, hf_moe_command, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(text)
-    code, _, err = command(verb, file, tmp_path / "moe")
+    code, _, err = hf_moe_command(verb, file, tmp_path / "moe")
     assert code == 2
     assert message in err
     assert err.count("\n") == 1

@@ -472,14 +472,11 @@ def test_what_can_not_be_is_said_in_one_line(command, bad_inputs, monkeypatch, c
     assert sorted(file.name for file in bad_inputs.iterdir()) == before
 
 
-def test_commands_print_and_write(bad_inputs, tmp_path, monkeypatch, capsys):
+def test_commands_print_and_write(bad_inputs, hf_moe_command, tmp_path):
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hf-moe", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        assert not exit_.value.code
-        return capsys.readouterr().out
+        code, out, err = hf_moe_command(*arguments)
+        assert code == 0, err
+        return out
 
     moe, text = bad_inputs / "moe", bad_inputs / "text.txt"
     out = run("downcycle", moe, tmp_path / "dense", "--text", text)
