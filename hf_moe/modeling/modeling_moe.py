@@ -25,10 +25,11 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
 from .moe_balancing import move_selection_bias
-from .moe_experts import SORTED_MM, MoeExperts
+from .moe_experts import MoeExperts
 from .moe_layers import MoeBlock
 from .moe_losses import load_balancing_loss, refuse_nonfinite, router_entropy, router_z_loss
 from .moe_routers import TopKRouter
+from .moe_sorted_mm import SORTED_MM
 from .moe_state import RouterState, checkpointed, hand_down, take_back
 
 logger = logging.get_logger(__name__)
