@@ -165,8 +165,9 @@ class _SortedExperts(torch.autograd.Function):
         x_TD, gates_TK, up_EAD, up_bias_EA, down_EDF, down_bias_ED, *kept = ctx.saved_tensors
         wants_x, wants_gates, _, _, wants_up, wants_up_bias, wants_down, wants_down_bias = ctx.needs_input_grad
         dtype = down_EDF.dtype
-        x_grad = torch.zeros_like(x_TD, dtype=torch.promote_types(dtype, torch.float32)) if wants_x else None
-        gates_grad_S = gates_TK.new_zeros(gates_TK.numel()) if wants_gates else None
+        wide = torch.promote_types(dtype, torch.float32)
+        x_grad: Any = torch.zeros_like(x_TD, dtype=wide) if wants_x else None
+        gates_grad_S: Any = gates_TK.new_zeros(gates_TK.numel()) if wants_gates else None
         up_grad, up_bias_grad = _empty(up_EAD, wants_up), _empty(up_bias_EA, wants_up_bias)
         down_grad, down_bias_grad = _empty(down_EDF, wants_down), _empty(down_bias_ED, wants_down_bias)
 
@@ -196,7 +197,7 @@ class _SortedExperts(torch.autograd.Function):
             if wants_up_bias:
                 torch.sum(a_grad_RA, 0, out=up_bias_grad[expert])
             if wants_x:
-                x_grad.index_add_(0, token_R, (a_grad_RA @ up_EAD[expert]).to(x_grad.dtype))
+                x_grad.index_add_(0, token_R, (a_grad_RA @ up_EAD[expert]).to(wide))
 
         for expert in set(range(len(down_EDF))) - {expert for expert, _, _ in by_expert}:
             for gradient in (up_grad, up_bias_grad, down_grad, down_bias_grad):
@@ -207,7 +208,7 @@ class _SortedExperts(torch.autograd.Function):
         return x_grad, gates_grad, None, None, up_grad, up_bias_grad, down_grad, down_bias_grad
 
 
-def _empty(weight: torch.Tensor | None, wanted: bool) -> Any:
+def _empty(weight: Any, wanted: bool) -> Any:
     return torch.empty_like(weight) if wanted else None
 
 
