@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 # Output of a mixture -> the field of its configuration that weights it in the loss.
 TERMS = {
@@ -42,13 +43,6 @@ def label_share(inputs: dict[str, Any], num_items_in_batch: Any, *, shifted: boo
     return labels.ne(-100).sum() / num_items_in_batch
 
 
-def mean_pool(hidden_NSD: torch.Tensor, attention_mask_NS: torch.Tensor) -> torch.Tensor:
-    """(N, S, D) -> (N, D): the mean over real tokens, of length 1."""
-    mask_NS1 = attention_mask_NS[..., None].to(hidden_NSD)
-    mean_ND = (hidden_NSD * mask_NS1).sum(1) / mask_NS1.sum(1).clamp(min=1)
-    return functional.normalize(mean_ND, dim=-1)
-
-
 def contrastive_loss(
     anchor_ND: torch.Tensor, positive_ND: torch.Tensor, negative_ND: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
@@ -62,6 +56,4 @@ def contrastive_loss(
 
 def shifts_labels(model: nn.Module) -> bool:
     """Whether `model` predicts the next token."""
-    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-
     return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss

@@ -269,5 +269,5 @@ def without_folders(value: Any) -> Any:
     if isinstance(value, list):
         return [without_folders(item) for item in value]
     if isinstance(value, dict):
-        return {name: without_folders(item) for name, item in value.items()}
+        return {without_folders(name): without_folders(item) for name, item in value.items()}
     return value
