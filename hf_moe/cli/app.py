@@ -7,6 +7,7 @@ import typer
 
 from hf_moe import convert
 from hf_moe.cli import show
+from hf_moe.cli.evaluate import evaluate
 from hf_moe.cli.spread import SpreadCommand, named_files
 from hf_moe.convert import certify, conversion, fusion, open_checkpoint, plan_upcycle, write_certificate
 from hf_moe.convert.describe import describe_checkpoint, describe_plan
@@ -406,3 +407,6 @@ def routing(
         )
     if not quiet:
         show.observed(made, json)
+
+
+app.command(epilog="Example: hf-moe evaluate ./dense ./moe --task token-classification --data test.conll")(evaluate)
