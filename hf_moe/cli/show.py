@@ -91,6 +91,45 @@ def observed(made: Observed, as_json: bool) -> None:
     OUT.print(f"{made.path / 'report.html'}")
 
 
+def evaluated(report: dict[str, Any], path: Path | None, as_json: bool) -> None:
+    """A row a model, and how each differs from the first."""
+    if as_json:
+        print(json.dumps(report | {"output": None if path is None else str(path)}, indent=2))
+        return
+    if models := report.get("models"):
+        OUT.print(_metrics_table({model["name"]: model["metrics"] for model in models}))
+        for entry in report["comparisons"]:
+            OUT.print(_comparison(entry))
+        for note in report["notes"]:
+            OUT.print(f"- {note}")
+    for model, tasks in report.get("lm_eval", {}).items():
+        for task, figures in tasks.items():
+            shown = {name: value for name, value in figures.items() if isinstance(value, float)}
+            OUT.print(f"{model}, {task}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+    if path is not None:
+        OUT.print(f"{path}")
+
+
+def _metrics_table(models: dict[str, dict[str, float | None]]) -> Table:
+    """A row a figure, a column a model: there are more figures than models."""
+    table = Table("", *(Text(name) for name in models), box=None, pad_edge=False)
+    for name in next(iter(models.values())):
+        cells = [metrics.get(name) for metrics in models.values()]
+        table.add_row(name.replace("_", " "), *("–" if cell is None else f"{cell:,.4f}" for cell in cells))
+    return table
+
+
+def _comparison(entry: dict[str, Any]) -> str:
+    start = f"{entry['model']} against {entry['against']}, {entry['metric']}: "
+    if "note" in entry:
+        return start + entry["note"]
+    low, high = entry["interval"]
+    return (
+        f"{start}{entry['difference']:+.4f} (95% {low:+.4f} to {high:+.4f}), better in "
+        f"{entry['share_better']:.1%} of {entry['resamples']} resamples"
+    )
+
+
 def fused(values: dict[str, Any], routing: dict[str, Any], certificate: dict[str, Any] | None, as_json: bool) -> None:
     """What a fusion made."""
     shown = routing if as_json else list(_routing(routing))

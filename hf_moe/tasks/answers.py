@@ -92,7 +92,7 @@ def _check_room(context: Context, split: str) -> None:
         row = sizes.index(max(sizes)) + 1
         raise UsageError(
             f"{context.place(split)}: row {row}: a question of {max(sizes)} tokens leaves {max(0, left)} of "
-            f"max_length ({length}) for its context, and doc_stride is {stride}; lower doc_stride, or raise max_length."
+            f"max_length ({length}) for its context; lower doc_stride ({stride}), or raise max_length."
         )
 
 

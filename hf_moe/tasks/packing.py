@@ -9,7 +9,7 @@ from hf_moe.errors import UsageError
 
 IGNORED = -100
 
-# Whose attention keeps texts apart where their positions begin anew: Transformers hands positions to the mask in these.
+# Whose attention keeps texts apart where positions begin anew: in these Transformers makes the mask from positions.
 KEEP_APART = (
     "gemma2",
     "gemma3_text",

@@ -1,9 +1,10 @@
 """What data a task runs on, and how it is cut: flat, with the names of Transformers' example scripts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from hf_moe.errors import UsageError
+from hf_moe.recipe import options_of
 
 SPLITS = ("train", "validation", "test")
 
@@ -77,6 +78,10 @@ class DataSettings:
 
 def check_settings(settings: DataSettings) -> None:
     """Raises UsageError for what can't be meant, before anything is read."""
+    for field in fields(DataSettings):
+        options, value = options_of(field.type), getattr(settings, field.name)
+        if options and value is not None and value not in options:
+            raise UsageError(f"{field.name} is {value!r}; choose from {', '.join(options)}.")
     named = [split for split in SPLITS if settings.files(split)]
     if settings.dataset_name is not None and named:
         raise UsageError(f"dataset_name and {named[0]}_file are both given; leave one out.")
