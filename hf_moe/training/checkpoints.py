@@ -20,7 +20,7 @@ NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The last whole one. Trainer's state is written last, so one that was killed meanwhile has none, or half of it."""
+    """The last whole one. Trainer's state is written last, so one killed meanwhile has none, or half of it."""
     found = {int(match[1]): path for path in Path(folder).glob("checkpoint-*") if (match := NAME.fullmatch(path.name))}
     return next((found[step] for step in sorted(found, reverse=True) if is_whole(found[step])), None)
 

@@ -64,9 +64,7 @@ class Figures(TrainerCallback):
         return {"sums": sums, "tokens": self.tokens, "tokens_seen": self.tokens_seen, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self.sums = {
-            name: torch.tensor(value, device=device) for name, value in state["sums"].items()
-        }
+        self.sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
         self.tokens, self.tokens_seen, self.seconds = state["tokens"], state["tokens_seen"], state["seconds"]
 
 

@@ -5,6 +5,8 @@ from torch.optim import Optimizer
 
 from .freezing import kind_of
 
+ROUTERS = "routers"  # marks their groups
+
 
 def without_decay(model: nn.Module, names: list[str]) -> list[str]:
     """Of the `names` that Trainer lets decay (no biases, no norms), those of more than one dimension: whatever a norm
@@ -22,4 +24,4 @@ def give_routers_a_rate(optimizer: Optimizer, model: nn.Module, learning_rate: f
         moved = [parameter for parameter in group["params"] if id(parameter) in routers]
         if moved:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in routers]
-            optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
+            optimizer.add_param_group({**group, "params": moved, "lr": learning_rate, ROUTERS: True})

@@ -85,11 +85,8 @@ def check_same(checkpoint: Path, recipe: TrainRecipe, data: dict[str, Any]) -> N
     changed = [name for name in names if then["recipe"].get(name) != now["recipe"].get(name)]
     if changed:
         told = ", ".join(f"{name} was {then['recipe'].get(name)!r}" for name in changed)
-        why = " (a schedule of the learning rate that does not end, such as constant, may go on)"
-        raise UsageError(
-            f"{checkpoint}: was made by another recipe: {told}{why if LENGTH & set(changed) else ''}. Go on with that, "
-            "or start anew."
-        )
+        why = " (a longer run needs a schedule without an end, such as constant)" if LENGTH & set(changed) else ""
+        raise UsageError(f"{checkpoint}: was made by another recipe: {told}{why}. Go on with that one, or start anew.")
     if then["data"] != now["data"]:
         parts = [name for name in now["data"] if then["data"].get(name) != now["data"][name]]
         raise UsageError(f"{checkpoint}: was made with other data: {', '.join(parts)} differ. Start anew.")

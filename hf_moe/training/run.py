@@ -81,9 +81,7 @@ def train(recipe: TrainRecipe, *, overwrite: bool = False, quiet: bool = False) 
     _check(recipe, args)
     source = Path(recipe.model.model_name_or_path).expanduser()
     resume = recipe.method.resume_from_checkpoint not in (None, False)
-    on_main(
-        lambda: check_free(recipe.output, [source] if source.is_dir() else [], overwrite=overwrite, resume=resume)
-    )
+    on_main(lambda: check_free(recipe.output, [source] if source.is_dir() else [], overwrite=overwrite, resume=resume))
     checkpoint = on_main(lambda: find_checkpoint(recipe, files))
     with _folder(recipe, resume=checkpoint is not None and checkpoint.is_relative_to(files)):
         start = _start(recipe, files)

@@ -22,7 +22,7 @@ from .compute import Active, count_active, count_tokens
 from .figures import Figures
 from .freezing import kind_of
 from .nonfinite import first_bad_output, first_bad_tensor
-from .optimizer import give_routers_a_rate, without_decay
+from .optimizer import ROUTERS, give_routers_a_rate, without_decay
 
 
 class MoeTrainer(Trainer):
@@ -68,6 +68,7 @@ class MoeTrainer(Trainer):
         self.add_callback(self.run_state)
         self.active, self.active_at = Active(0, 0), -1  # parameters, as of a step
         self.reads_num_items: bool | None = True if self.is_ours else None
+        self.router_rate: float | None = None
 
     def _base_model(self) -> nn.Module:
         model = self.accelerator.unwrap_model(self.model)
@@ -149,8 +150,9 @@ class MoeTrainer(Trainer):
         Trainer divides by the number of micro-batches itself."""
         if share is None:
             return loss
-        processes = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
-        return loss * share * processes
+        if not self.args.average_tokens_across_devices:
+            return loss * share
+        return loss * share * (self.accelerator.num_processes // self.get_tp_size())
 
     def _contrastive(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         state = RouterState() if self.is_ours and model.training else None
@@ -224,9 +226,8 @@ class MoeTrainer(Trainer):
     def _stopped(self, why: str) -> TrainingError:
         good = last_checkpoint(self.args.output_dir)
         left = f"The last good checkpoint is {good}" if good else "No checkpoint was saved before"
-        return TrainingError(
-            f"step {self.state.global_step + 1}: {why.rstrip('.')}. {left}; try a lower learning_rate or max_grad_norm."
-        )
+        step = self.state.global_step + 1
+        return TrainingError(f"step {step}: {why.rstrip('.')}. {left}; try a lower learning_rate or max_grad_norm.")
 
     # ---- logs and cost
 
@@ -246,17 +247,15 @@ class MoeTrainer(Trainer):
             if terms:
                 logs["task_loss"] = logs["loss"] - float(losses.weighted(terms, self.model.config))  # type: ignore[arg-type]
             logs |= figures | {"active_flops": self.state.total_flos}
-            if self.router_learning_rate is not None:
-                logs["router_learning_rate"] = self._router_rate()
+            if self.router_rate is not None:
+                logs["router_learning_rate"] = self.router_rate
         if "train_loss" in logs:
             logs["train_loss"] = self.run_state.mean_loss()
         super().log(logs, start_time)
 
-    def _router_rate(self) -> float:
-        """The rate that the last step had is not kept by the scheduler; as Trainer's, this is the next one's."""
-        routers = {id(p) for name, p in self.model.named_parameters() if kind_of(name) == "router"}
-        groups = [group["lr"] for group in self.optimizer.param_groups if any(id(p) in routers for p in group["params"])]
-        return float(groups[0]) if groups else 0.0
+    def _get_learning_rate(self):
+        self.router_rate = next((float(g["lr"]) for g in self.optimizer.param_groups if g.get(ROUTERS)), None)
+        return super()._get_learning_rate()
 
 
 def is_mixture(model: nn.Module) -> bool:
