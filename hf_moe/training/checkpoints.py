@@ -94,6 +94,9 @@ class RunState(TrainerCallback):
             if name in mine:
                 callback.load_state_dict(mine[name], args.device)
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.train_collator.set_epoch(int(state.epoch or 0))
+
     def _with_states(self) -> dict[str, Any]:
         callbacks = self.trainer.callback_handler.callbacks
         return {type(callback).__name__: callback for callback in callbacks if hasattr(callback, "load_state_dict")}

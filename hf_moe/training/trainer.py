@@ -198,12 +198,14 @@ class MoeTrainer(Trainer):
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         except FloatingPointError as error:
-            raise self._stopped(str(error)) from error
+            raise self._stopped(f"{str(error).partition('. ')[0]}; {self._culprit(inputs)}") from error
         if not torch.isfinite(loss):
-            where = first_bad_output(self.model, self._prepare_inputs(inputs))
-            culprit = f"the first output that is not finite is that of {where}" if where else "all outputs are finite"
-            raise self._stopped(f"the loss is {float(loss)}; {culprit}")
+            raise self._stopped(f"the loss is {float(loss)}; {self._culprit(inputs)}")
         return loss
+
+    def _culprit(self, inputs: dict[str, Any]) -> str:
+        where = first_bad_output(self.model, self._prepare_inputs(inputs))
+        return f"the first output that is not finite is that of {where}" if where else "all outputs are finite"
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
