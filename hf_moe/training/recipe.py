@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "max_steps": -1,
     "learning_rate": 5e-5,
     "lr_scheduler_type": "linear",
-    "warmup_steps": 0,
+    "warmup_steps": 0.0,
     "optim": "adamw_torch",
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
@@ -199,7 +199,8 @@ def fit(name: str, value: Any, hint: Any, where: str) -> Any:
             hint_at = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(map(str, options))}."
             raise UsageError(f"{where}: {name} is {value!r}; {hint_at}")
         return value
-    if float in parts and str not in parts and isinstance(value, int | str) and not isinstance(value, bool):
+    whole = isinstance(value, int) and not isinstance(value, bool) and int not in parts
+    if float in parts and str not in parts and (isinstance(value, str) or whole):
         try:
             value = float(value)
         except ValueError:

@@ -152,7 +152,7 @@ def test_dry_run_tells_and_writes_nothing(mixture, hf_moe_command, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(task, family, changed, words, mixture, hf_moe_command, tmp_path):
-    keys = {name: value for name, value in (keys_for(task, mixture(family), tmp_path) | changed).items()}
+    keys = keys_for(task, mixture(family), tmp_path) | changed
     recipe = write_recipe(tmp_path / "recipe.yaml", {name: value for name, value in keys.items() if value is not None})
     before = sorted(tmp_path.iterdir())
     code, out, err = hf_moe_command("train", recipe)

@@ -31,7 +31,7 @@ def test_presets_divide_every_family(family):
     assert names(model) == everything
     modules = {name for name, module in model.named_modules() if type(module).__name__ == "TopKRouter"}
     assert routers == {f"{name}.weight" for name in modules}
-    blocks = {name.rpartition(".")[0] for name in modules}
+    blocks = {f"{name.rpartition('.')[0]}." for name in modules}
     assert experts == {name for name in everything if name.startswith(tuple(blocks))} - routers
 
 

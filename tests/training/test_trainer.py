@@ -117,7 +117,7 @@ def test_four_micro_batches_are_one_batch(kind, smoothing, tmp_path):
 @pytest.mark.parametrize("kind", ["dense", "masked"])
 def test_labels_weigh_alike_wherever_they_are(kind, tmp_path):
     """Also the dense control's, whose head leaves Trainer's number of labels unread."""
-    name, make = MODELS[kind]
+    _, make = MODELS[kind]
     rows = rows_for("BertMoeForMaskedLM", equal=False)
     still = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
 
