@@ -13,7 +13,8 @@ from .freezing import layer_of
 
 @torch.no_grad()
 def first_bad_output(model: nn.Module, inputs: dict[str, Any]) -> str | None:
-    """The first module in the order of computing whose output holds NaN or Inf, in words; None where all are finite.
+    """The first module with weights, in the order of computing, whose output holds NaN or Inf, in words; None where
+    all are finite.
 
     The batch is run once more, without dropout, so what random numbers alone did is not found again.
     """
@@ -26,7 +27,9 @@ def first_bad_output(model: nn.Module, inputs: dict[str, Any]) -> str | None:
 
         return hook
 
-    modules = [(name, module) for name, module in model.named_modules() if name]
+    modules = [
+        (name, module) for name, module in model.named_modules() if next(module.parameters(False), None) is not None
+    ]
     training = model.training
     model.eval()
     try:

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import Trainer
 
 from hf_moe.errors import TrainingError, UsageError
@@ -207,13 +209,31 @@ class MoeTrainer(Trainer):
         where = first_bad_output(self.model, self._prepare_inputs(inputs))
         return f"the first output that is not finite is that of {where}" if where else "all outputs are finite"
 
+    def _clip_grad_norm(self, model):
+        if not self._holds_whole_gradients():
+            return super()._clip_grad_norm(model)
+        norm = self._checked_norm(model)
+        clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
+        return norm
+
     def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm)
-        scaler = getattr(self.accelerator, "scaler", None)
-        if scaler is None and norm is not None and not torch.isfinite(torch.as_tensor(norm)):
+        if grad_norm is None and self._holds_whole_gradients():
+            return self._checked_norm(model)
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _holds_whole_gradients(self) -> bool:
+        """Whether gradients are plain tensors, neither sharded nor scaled. (Scaled ones that overflow skip a step.)"""
+        plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        sharded = self.is_distributed_loading_by_transformers or self.accelerator.distributed_type not in plain
+        return not sharded and getattr(self.accelerator, "scaler", None) is None
+
+    def _checked_norm(self, model: nn.Module) -> torch.Tensor:
+        """Of all gradients, before clipping by it makes every one of them NaN."""
+        norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if not torch.isfinite(norm):
             last_first = reversed(list(self.model.named_parameters()))  # gradients come from above
             where = first_bad_tensor((name, parameter.grad) for name, parameter in last_first)
-            raise self._stopped(f"a gradient is not finite, first that of {where or 'none by itself (their norm is)'}")
+            raise self._stopped(f"a gradient is not finite, {f'first that of {where}' if where else 'by their norm'}")
         return norm
 
     def _save_checkpoint(self, model, trial):

@@ -139,7 +139,8 @@ def test_the_logged_losses_are_those_of_a_naive_step(smoothing, tmp_path):
     rows = rows_for("BertMoeForMaskedLM", equal=False)
     inputs = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     model = make().eval()  # without dropout this is the training's function
-    outputs = model(**inputs, output_router_logits=True)
+    with torch.no_grad():
+        outputs = model(**inputs, output_router_logits=True)
     logits, labels = outputs.logits.flatten(0, 1), inputs["labels"].flatten()
     nll = functional.cross_entropy(logits, labels, label_smoothing=smoothing)
     aux = load_balancing_loss(outputs.router_logits, 2, torch.ones(4 * LENGTH, dtype=torch.bool))
@@ -244,7 +245,7 @@ def test_biases_and_norms_do_not_decay(family, tmp_path):
     names = MoeTrainer(model=model, args=arguments(tmp_path)).get_decay_parameter_names(model)
     shapes = dict(model.named_parameters())
     for name, parameter in shapes.items():
-        spared = parameter.ndim == 1 or name.endswith("bias")
+        spared = parameter.ndim == 1 or "bias" in name
         assert (name in names) == (not spared), name
     assert not any("e_score_correction_bias" in name for name in [*names, *shapes])
     assert any(".experts." in name for name in names)
