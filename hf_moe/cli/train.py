@@ -2,15 +2,18 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
+from transformers.utils import logging
 
 from hf_moe import recipes as packaged
 from hf_moe.cli import show
 from hf_moe.errors import UsageError
+from hf_moe.tasks.extras import need
 
 NUMBER = re.compile(r"[-+]?(\d|\.\d)")
 
@@ -29,6 +32,7 @@ def train(
     from hf_moe.training import TrainRecipe, run  # heavy, and not every command's
 
     wanted = TrainRecipe.from_yaml(find_recipe(recipe), **overrides(ctx.args))
+    tell(bars=sys.stderr.isatty() and not (quiet or json), warnings=not quiet)
     if dry_run:
         told = run.describe(wanted, overwrite=overwrite)
         if not quiet and is_main():
@@ -95,6 +99,18 @@ def typed(key: str, text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"--{key} {text}: can't be read as YAML ({' '.join(str(error).split())}).") from error
+
+
+def tell(*, bars: bool, warnings: bool) -> None:
+    """What libraries say on standard error meanwhile. Raises UsageError where the extra is not installed."""
+    need("train", "datasets")
+    import datasets
+
+    if not bars:
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
+    if not warnings:
+        logging.set_verbosity_error()
 
 
 def is_main() -> bool:

@@ -55,13 +55,19 @@ class Trained:
 
 @dataclass(kw_only=True)
 class Loaded:
-    """What a recipe names, ready for Trainer."""
+    """What a recipe names, ready for Trainer.
+
+    Args:
+        trains: `what_trains` of the model.
+        use_cache: its configuration's.
+    """
 
     tokenizer: Any
     data: PreparedData
     model: Any
     callbacks: list[TrainerCallback]
     trains: dict[str, Any]
+    use_cache: bool | None
 
 
 def train(recipe: TrainRecipe, *, overwrite: bool = False, quiet: bool = False) -> Trained:
@@ -153,7 +159,14 @@ def load(recipe: TrainRecipe, path: str) -> Loaded:
         model = add_adapter(model, options.pop("preset", "attention+experts"), **options)
     else:
         callbacks = freeze(model, recipe.method.freeze, new=model.new_weights)
-    return Loaded(tokenizer=tokenizer, data=data, model=model, callbacks=callbacks, trains=what_trains(model))
+    return Loaded(
+        tokenizer=tokenizer,
+        data=data,
+        model=model,
+        callbacks=callbacks,
+        trains=what_trains(model),
+        use_cache=getattr(model.config, "use_cache", None),
+    )
 
 
 def describe(recipe: TrainRecipe, *, overwrite: bool = False) -> dict[str, Any]:
@@ -221,15 +234,14 @@ def _trainer(
 
 def _run(trainer: MoeTrainer, loaded: Loaded, checkpoint: Path | None) -> dict[str, float]:
     """Trains, measures, and saves the model."""
-    cached = loaded.model.config.use_cache if hasattr(loaded.model.config, "use_cache") else None
     metrics = dict(trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics)
     if loaded.data.validation is not None:
         metrics |= trainer.evaluate()
     if loaded.data.test is not None:
         trainer.compute_metrics = metrics_for(loaded.data.task, loaded.data, split="test")
         metrics |= trainer.predict(loaded.data.test).metrics or {}
-    if cached is not None:
-        loaded.model.config.use_cache = cached  # Trainer turned it off, which generation would notice
+    if loaded.use_cache is not None:
+        loaded.model.config.use_cache = loaded.use_cache  # Trainer turned it off, which generation would notice
     trainer.save_model()
     return metrics
 

@@ -108,7 +108,7 @@ def test_dry_run_tells_and_writes_nothing(mixture, hf_moe_command, tmp_path):
     told = json.loads(out)
     assert TrainRecipe.from_dict(told["recipe"]).method.freeze == "experts_only"
     assert 0 < told["trains"]["share"] < 1
-    assert told["trains"]["by_kind"]["other"]["parameters"] == 66  # the new head
+    assert told["trains"]["by_kind"]["other"]["parameters"] == 1122  # a new head, with its pooler
     assert told["data"]["labels"] == ["law", "other"]
     assert sorted(tmp_path.iterdir()) == before
 
@@ -117,7 +117,7 @@ def test_dry_run_tells_and_writes_nothing(mixture, hf_moe_command, tmp_path):
     ("task", "family", "changed", "words"),
     [
         ("masked-lm", "gpt2", {}, "masked-lm"),
-        ("token-classification", "bert", {"task": "causal-lm"}, "no column"),
+        ("token-classification", "bert", {"task": "causal-lm"}, "has no text column"),
         ("causal-lm", "gpt2", {"eval_strategy": "no", "early_stopping_patience": 2}, "set eval_strategy to epoch or"),
         (
             "causal-lm",
