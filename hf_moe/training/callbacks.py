@@ -61,7 +61,7 @@ def check_metric(trainer: MoeTrainer, data: PreparedData) -> None:
     few, metrics = first_rows(data, PROBE), trainer.compute_metrics
     trainer.compute_metrics = metrics_for(data.task, few)
     try:
-        given = trainer.predict(few.validation, metric_key_prefix="eval").metrics or {}
+        given = trainer.predict(few.split("validation"), metric_key_prefix="eval").metrics or {}
     finally:
         trainer.compute_metrics = metrics
     if f"eval_{wanted.removeprefix('eval_')}" not in given:
@@ -73,7 +73,7 @@ def check_metric(trainer: MoeTrainer, data: PreparedData) -> None:
 def first_rows(data: PreparedData, number: int) -> PreparedData:
     """The data with no more than `number` rows for validation, and what is made of them."""
     raw = data.raw["validation"].select(range(min(number, len(data.raw["validation"]))))
-    details, rows = data.details.get("validation"), data.validation
+    details, rows = data.details.get("validation"), data.split("validation")
     if details is None:
         kept = list(range(min(number, len(rows))))
     else:

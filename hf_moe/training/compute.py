@@ -28,7 +28,7 @@ class Active(NamedTuple):
         return tokens * (4 * self.all + 2 * self.trained)
 
 
-def count_active(model: nn.Module) -> Active:
+def count_active(model: Any) -> Active:
     """Those of `model` as it is frozen now."""
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -121,7 +121,7 @@ class GradualUnfreezing(TrainerCallback):
         names = [name for name, _ in model.named_parameters() if _in_body(name, model)]
         layers = sorted({layer for name in names if (layer := layer_of(name)) is not None})
         first = next((place for place, name in enumerate(names) if layer_of(name) is not None), 0)
-        height = {layer: rank for rank, layer in enumerate(reversed(layers))}
+        height: dict[int | None, int] = {layer: rank for rank, layer in enumerate(reversed(layers))}
         # after how many unfreezings each parameter trains
         self.waits = {name: height.get(layer_of(name), len(layers)) for name in names}
         self.waits |= {name: 0 for name in names[first:] if layer_of(name) is None}

@@ -3,6 +3,7 @@
 Letters in names: N rows, D hidden.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def router_terms(outputs: Any) -> dict[str, torch.Tensor]:
     return {name: outputs[name] for name in TERMS if name in outputs and outputs[name] is not None}
 
 
-def weighted(terms: dict[str, torch.Tensor], config: Any) -> torch.Tensor | float:
+def weighted(terms: Mapping[str, Any], config: Any) -> Any:
     """What they are in the loss of one batch."""
     return sum((getattr(config, TERMS[name], 0.0) * value for name, value in terms.items()), 0.0)
 
@@ -56,4 +57,4 @@ def contrastive_loss(
 
 def shifts_labels(model: nn.Module) -> bool:
     """Whether `model` predicts the next token."""
-    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    return LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss

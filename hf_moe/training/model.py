@@ -82,4 +82,5 @@ def kept_labels(config: PretrainedConfig, task: str, settings: ModelSettings) ->
     head = mapping[type(config)].__name__ if type(config) in mapping else None
     if head not in (config.architectures or []) or getattr(config, "problem_type", None) == "regression":
         return None
-    return [config.id2label[number] for number in sorted(config.id2label)]
+    names: Any = config.id2label
+    return [names[number] for number in sorted(names)]

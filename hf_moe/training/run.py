@@ -149,7 +149,7 @@ def load(recipe: TrainRecipe, path: str) -> Loaded:
             "eval_strategy is set, but there are no validation rows: give validation_file or "
             "validation_split_percentage."
         )
-    model = model_for(settings, path, data, config)
+    model: Any = model_for(settings, path, data, config)
     callbacks: list[TrainerCallback] = []
     if recipe.method.peft is not None:
         from .peft import add_adapter

@@ -47,6 +47,10 @@ class MoeTrainer(Trainer):
         kept: put into every checkpoint (JSON-able), such as the recipe.
     """
 
+    model: Any  # Trainer allows for none before it is set
+    args: Any
+    optimizer: Any
+
     def __init__(
         self,
         *args: Any,
@@ -119,15 +123,15 @@ class MoeTrainer(Trainer):
             loss, outputs = self._contrastive(model, inputs)
             loss = self._scaled(loss, share)
         else:
-            reads = share is None or self._is_one_part() or self._reads_num_items(model, inputs)
+            unread = share is not None and not self._is_one_part() and not self._reads_num_items(model, inputs)
             smoother, self.label_smoother = self.label_smoother, self.label_smoother if training else None
             smoothed = self.label_smoother is not None and "labels" in inputs
             try:
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             finally:
                 self.label_smoother = smoother
-            if not reads and not smoothed:
-                loss = loss * share  # Trainer has multiplied it by the processes already
+            if unread and not smoothed:
+                loss = loss * (1.0 if share is None else share)  # Trainer has multiplied it by the processes already
         if training:
             loss = self._with_router_losses(loss, outputs, share)
         return (loss, outputs) if return_outputs else loss
@@ -156,7 +160,7 @@ class MoeTrainer(Trainer):
             return loss * share
         return loss * share * (self.accelerator.num_processes // self.get_tp_size())
 
-    def _contrastive(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    def _contrastive(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         state = RouterState() if self.is_ours and model.training else None
         sides, outputs = embed(model, inputs, **({} if state is None else {"router_state": state}))
         loss = losses.contrastive_loss(
@@ -164,7 +168,8 @@ class MoeTrainer(Trainer):
         )
         made = {"loss": loss, "embeddings": torch.stack(list(sides.values()), dim=1)}
         if state is not None:
-            made |= self._base_model()._router_losses(state)
+            base: Any = self._base_model()
+            made |= base._router_losses(state)
         elif (aux := getattr(outputs, "aux_loss", None)) is not None:
             made["aux_loss"] = aux
         return loss, made
@@ -188,13 +193,18 @@ class MoeTrainer(Trainer):
 
     # ---- what a run begins from, and what stops it
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_checkpoint(self.args.output_dir) or "")
         if resume_from_checkpoint == "":
             raise UsageError(f"{self.args.output_dir}: holds no whole checkpoint to resume from.")
         self.run_state.begin(Path(resume_from_checkpoint) if resume_from_checkpoint else None)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         try:
@@ -253,13 +263,13 @@ class MoeTrainer(Trainer):
 
     # ---- logs and cost
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of a training step by `compute.FORMULA`; Trainer adds them up as `total_flos`."""
         if self.active_at != self.state.global_step:
             self.active, self.active_at = count_active(self.model), self.state.global_step
         tokens = count_tokens(inputs)
         self.figures.tokens += tokens
-        return self.active.flops(tokens)
+        return round(self.active.flops(tokens))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -267,7 +277,7 @@ class MoeTrainer(Trainer):
             self.run_state.logged_at = self.state.global_step
             terms = {name: figures[name] for name in losses.TERMS if name in figures}
             if terms:
-                logs["task_loss"] = logs["loss"] - float(losses.weighted(terms, self.model.config))  # type: ignore[arg-type]
+                logs["task_loss"] = logs["loss"] - float(losses.weighted(terms, self.model.config))
             logs |= figures | {"active_flops": self.state.total_flos}
             if self.router_rate is not None:
                 logs["router_learning_rate"] = self.router_rate

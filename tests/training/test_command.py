@@ -54,7 +54,7 @@ def test_every_task_trains(task, family, mixture, hf_moe_command, tmp_path):
 
 
 def test_a_trained_classifier_loads_elsewhere_and_trains_on(mixture, hf_moe_command, tmp_path):
-    keys = keys_for("text-classification", mixture("bert"), tmp_path, max_steps=40, learning_rate=3e-3)
+    keys = keys_for("text-classification", mixture("bert"), tmp_path, max_steps=60, learning_rate=1e-2)
     code, _, err = hf_moe_command("train", write_recipe(tmp_path / "recipe.yaml", keys), "-q")
     assert (code, err) == (0, "")
     script = (

@@ -18,8 +18,8 @@ from tests.training.runs import keys_for, recipe_for, without_times, write_recip
 KILLED_AFTER = 8
 
 
-def start(recipe, *options):
-    command = [sys.executable, "-m", "hf_moe", "train", str(recipe), "-q", *options]
+def start(recipe):
+    command = [sys.executable, "-m", "hf_moe", "train", str(recipe), "-q"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
 
@@ -60,7 +60,7 @@ def long_run(mixture, tmp_path):
     )
 
 
-def test_killed_half_way_and_resumed_it_is_the_same_run(long_run, tmp_path):
+def test_killed_half_way_and_resumed_it_is_the_same_run(long_run, hf_moe_command, tmp_path):
     whole = train(TrainRecipe.from_dict(long_run), quiet=True)
     killed = long_run | {"output_dir": str(tmp_path / "killed")}
     recipe, files = write_recipe(tmp_path / "recipe.yaml", killed), tmp_path / "killed.partial" / "files"
@@ -72,11 +72,11 @@ def test_killed_half_way_and_resumed_it_is_the_same_run(long_run, tmp_path):
     begun = last_checkpoint(files)
     assert begun is not None
 
-    process = start(recipe)  # neither goes on by itself nor starts anew
-    assert process.wait() == 2
-    assert "--resume_from_checkpoint true goes on with it" in process.stderr.read().decode()
-    process = start(recipe, "--resume_from_checkpoint", "true")
-    assert process.wait() == 0, process.stderr.read().decode()
+    code, _, err = hf_moe_command("train", recipe)  # neither goes on by itself nor starts anew
+    assert code == 2
+    assert "--resume_from_checkpoint true goes on with it" in err
+    code, _, err = hf_moe_command("train", recipe, "-q", "--resume_from_checkpoint", "true")
+    assert code == 0, err
     assert not (tmp_path / "killed.partial").exists()
 
     one, other = (json.loads((folder / "training.json").read_text()) for folder in (whole.path, tmp_path / "killed"))
