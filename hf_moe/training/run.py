@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from hf_moe.convert import conversion, plan_upcycle
@@ -91,6 +91,7 @@ def train(recipe: TrainRecipe, *, overwrite: bool = False, quiet: bool = False) 
     checkpoint = on_main(lambda: find_checkpoint(recipe, files))
     with _folder(recipe, resume=checkpoint is not None and checkpoint.is_relative_to(files)):
         start = _start(recipe, files)
+        set_seed(args.seed)  # a new head is drawn now
         loaded = load(recipe, start)
         if checkpoint is not None:
             check_same(checkpoint, recipe, loaded.data.report)
