@@ -1,0 +1,1 @@
+"""Training: recipes, Trainer, freezing, PEFT, many devices."""
