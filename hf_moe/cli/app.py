@@ -7,6 +7,7 @@ import typer
 
 from hf_moe import convert
 from hf_moe.cli import show
+from hf_moe.cli.expand import expand_experts
 from hf_moe.cli.spread import SpreadCommand, named_files
 from hf_moe.convert import certify, conversion, fusion, open_checkpoint, plan_upcycle, write_certificate
 from hf_moe.convert.describe import describe_checkpoint, describe_plan
@@ -64,6 +65,9 @@ def upcycle(
     shared_weight: Annotated[
         float | None, typer.Option(help="Or: the whole network is a shared expert of this weight.")
     ] = None,
+    expert_rank: Annotated[
+        int | None, typer.Option(help="Experts share one network and differ by matrices of this rank. [default: 0]")
+    ] = None,
     partition: Annotated[
         str | None, typer.Option(help="Cut by 'random', 'kmeans' or 'coactivation'. [default: random]")
     ] = None,
@@ -113,6 +117,7 @@ def upcycle(
         "granularity": granularity,
         "shared_expert_intermediate_size": shared_width,
         "shared_expert_weight": shared_weight,
+        "expert_rank": expert_rank,
         "partition": partition,
         "calibration": calibration,
         "drop_ratio": drop_ratio,
@@ -406,3 +411,6 @@ def routing(
         )
     if not quiet:
         show.observed(made, json)
+
+
+app.command(epilog="Example: hf-moe expand-experts ./low-rank ./moe")(expand_experts)

@@ -29,7 +29,7 @@ def peft_config(
     r: int = 8,
     lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
-    train_head: bool | None = None,
+    train_head: bool = True,
     **options: Any,
 ) -> "LoraConfig":
     """A `LoraConfig` for a mixture, ours or one of Transformers' own; targets are found in `model`.
@@ -46,7 +46,7 @@ def peft_config(
         r: rank of each pair of matrices.
         lora_alpha: what is added counts by lora_alpha / r; by default 2·r.
         lora_dropout: on the adapters' inputs; PEFT has none for experts.
-        train_head: whether the head is trained and saved along; by default where it has classes, not a vocabulary.
+        train_head: whether a head with classes, no vocabulary, is trained whole and saved along.
         options: further arguments of `LoraConfig`.
 
     Raises:
@@ -60,9 +60,7 @@ def peft_config(
         raise UsageError(f"peft {preset!r}: PEFT has no lora_dropout for experts, which lie in one parameter.")
     modules: set[str] = set()
     parameters: set[str] = set()
-    saved: set[str] = set(_heads(model) if train_head in (None, True) else [])
-    if train_head and not saved:
-        saved |= {name for name, _ in model.named_children() if name != model.base_model_prefix}
+    saved: set[str] = set(_heads(model) if train_head else [])
     if "attention" in parts:
         modules |= set(_attention(model))
     if "experts" in parts:
@@ -108,9 +106,10 @@ def frozen_experts(model: nn.Module) -> str | None:
     held = [parameter for name in names.values() for parameter in model.get_submodule(name).parameters()]
     if not trained or any(parameter.requires_grad for parameter in held):
         return None
+    in_experts = sum(parameter.numel() for parameter in held)
     return (
-        f"The experts stay frozen: {trained:,} parameters are trained, and none of the {sum(p.numel() for p in held):,} "
-        f"in the experts of {len(names)} layers. LoRA's target_modules never reach them, since they lie in one "
+        f"The experts stay frozen: {trained:,} parameters are trained, and none of the {in_experts:,} in the experts "
+        f"of {len(names)} layers. LoRA's target_modules never reach them, since they lie in one "
         "parameter; the preset 'attention+experts' does (or target_parameters)."
     )
 
