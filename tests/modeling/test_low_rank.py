@@ -16,8 +16,8 @@ def multiplied_out(experts):
     values = {"has_gate": experts.has_gate, "act_fn": experts.act_fn, "has_bias": experts.down_proj_bias is not None}
     for name in (experts.up_name, "down_proj"):
         values[name] = getattr(experts, name) + getattr(experts, f"{name}_b") @ getattr(experts, f"{name}_a")
-        if values["has_bias"]:
-            values[f"{name}_bias"] = getattr(experts, f"{name}_bias").expand(experts.num_experts, -1)
+        bias = getattr(experts, f"{name}_bias")
+        values[f"{name}_bias"] = None if bias is None else bias.expand(experts.num_experts, -1)
     return SimpleNamespace(**values)
 
 
@@ -54,7 +54,7 @@ def test_autocast_computes_in_its_dtype():
         got = experts(x, index, weights)
     expected = experts(x, index, weights)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got, expected, rtol=6e-2, atol=6e-2 * float(expected.abs().max()))
+    torch.testing.assert_close(got, expected, rtol=6e-2, atol=6e-2 * expected.abs().max().item())
 
 
 def test_a_new_one_starts_as_copies():
