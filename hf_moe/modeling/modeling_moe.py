@@ -312,6 +312,14 @@ class MoePreTrainedModelMixin(_Base):
             for rule in plan.keys() - held:
                 del plan[rule]
 
+    def gather_sharded_state_dict_for_save(self, model_to_save, state_dict, distributed_config, **kwargs) -> dict:
+        """As Transformers', each tied weight once: put together, tied tensors are no longer seen to be one."""
+        gathered = super().gather_sharded_state_dict_for_save(model_to_save, state_dict, distributed_config, **kwargs)
+        if distributed_config is None:
+            return gathered
+        tied = model_to_save.all_tied_weights_keys
+        return {name: tensor for name, tensor in gathered.items() if tied.get(name) not in gathered}
+
     def _initialize_weights(self, module, is_custom_code: bool = False):
         """Every rule of ours uses `transformers.initialization`, so loaded weights are safe; without this, rules on
         modules without parameters of their own (GPT-2's scaled `c_proj`) would not run for remote code."""

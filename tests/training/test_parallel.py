@@ -98,10 +98,8 @@ def run_one(rank, root, run):
         "grads": grads,
         "is_fsdp": isinstance(model, FSDPModule),
         "sharded": {name: isinstance(p, DTensor) for name, p in model.named_parameters()},
-        "experts": [
-            (module.num_experts, tuple(weight.to_local().shape))
-            for module, weight in zip(experts, weights, strict=True)
-        ],
+        "experts": [module.num_experts for module in experts],
+        "local": [tuple(weight.to_local().shape) for weight in weights],
         "placed": [str(weight.placements) for weight in weights],
         "meshes": [weight.device_mesh.mesh_dim_names for weight in weights],
     }
@@ -177,3 +175,12 @@ def test_what_is_saved_is_an_ordinary_checkpoint(run, folders, results):
     assert "FSDP" not in (after / "config.json").read_text()
     for file in before.glob("*.py"):
         assert file.read_bytes() == (after / file.name).read_bytes()
+
+
+def test_a_starved_process_is_starved(results):
+    """No token went to any of its experts, in any layer; it took part, or the other would have waited for ever."""
+    for found in results["starved, fsdp and experts"]:
+        for name, grad in found["grads"].items():
+            if name.endswith("experts.down_proj"):
+                by_process = grad.flatten(1).any(1).view(2, -1).any(1)
+                assert by_process.sum() == 1, name
