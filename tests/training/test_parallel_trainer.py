@@ -34,8 +34,9 @@ def train(family, folder, output, world, resume=None, steps=STEPS, loading=None,
     values = {
         "max_steps": steps,
         "per_device_train_batch_size": ROWS // world,
-        "optim": "adamw_torch",
-        "learning_rate": 1e-2,
+        "optim": "sgd",  # with a state; Adam makes something of the rounding of gradients that are 0
+        "optim_args": "momentum=0.9",
+        "learning_rate": 0.1,
         "max_grad_norm": 1.0,
         "save_strategy": "steps",
         "save_steps": 2,
@@ -100,7 +101,7 @@ def assert_same_weights(one, other):
     weights, others = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert weights.keys() == others.keys()
     for name, weight in weights.items():
-        torch.testing.assert_close(others[name], weight, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(others[name], weight, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("family", [family for family, _ in EACH])
