@@ -20,7 +20,7 @@ from transformers import (
 from hf_moe.errors import UsageError
 from hf_moe.routing.hooks import experts_of
 from hf_moe.training.peft import add_adapter, frozen_experts, peft_config
-from tests.conftest import FAMILIES, batch, labels_for, lm_class, tiny_moe
+from tests.conftest import FAMILIES, batch, labels_for, lm_class, scatter, tiny_moe
 
 PRESETS = ("attention", "experts", "router", "attention+experts", "attention+experts+router")
 FORMS = ("bert", "gpt2", "llama")
@@ -48,7 +48,7 @@ def make(name):
         return tiny_moe(name)
     model_class, config = NATIVE[name]
     torch.manual_seed(0)
-    return model_class(config).eval()
+    return scatter(model_class(config))
 
 
 def inputs(name):
