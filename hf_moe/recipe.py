@@ -22,7 +22,7 @@ REQUIRED = {
 }
 
 
-def _options(hint: Any) -> tuple[str, ...]:
+def options_of(hint: Any) -> tuple[str, ...]:
     """What a field may be, where its type lists that."""
     parts = (hint,) if get_origin(hint) is Literal else get_args(hint)  # a union's
     return next((get_args(part) for part in parts if get_origin(part) is Literal), ())
@@ -51,7 +51,7 @@ class Recipe:
         for field in fields:
             if field.default is dataclasses.MISSING and field.name not in values:
                 raise UsageError(f"{where}: names no {field.name}, {REQUIRED[field.name]}.")
-            options, value = _options(field.type), values.get(field.name)
+            options, value = options_of(field.type), values.get(field.name)
             if options and value is not None and value not in options:
                 raise UsageError(f"{where}: {field.name} is {value!r}; choose from {', '.join(options)}.")
         try:
