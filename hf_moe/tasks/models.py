@@ -1,6 +1,7 @@
 """A task's model and tokenizer, ours, Transformers' own mixtures and dense ones alike."""
 
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from hf_moe.convert.checkpoint import VOCABULARIES
 from hf_moe.convert.quiet import quiet
 from hf_moe.errors import HfMoeError, SourceError, UsageError
 
@@ -35,6 +37,9 @@ def load_tokenizer(
     Raises:
         SourceError: where there is none that works.
     """
+    folder = pathlib.Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in VOCABULARIES):
+        raise SourceError(f"{path}: has no tokenizer.")  # Transformers would make one of no words
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = _loaded(path, "tokenizer", AutoTokenizer.from_pretrained, **options)
     if task == "token-classification" and getattr(tokenizer, "add_prefix_space", None) is False:

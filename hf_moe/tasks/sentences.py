@@ -36,9 +36,9 @@ class SentenceCollator:
         return batch
 
 
-def embed(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], Any]:
+def embed(model: PreTrainedModel, batch: dict[str, Any], **options: Any) -> tuple[dict[str, torch.Tensor], Any]:
     """Side -> (B, D), mean of the last hidden states over the tokens that are no padding, at length 1; and the model's
-    output on all sides in one pass, (sides · B, T), which holds a mixture's router losses."""
+    output on all sides in one pass, (sides · B, T). `options` are for its forward pass."""
     sides = [side for side in SIDES if f"{side}_input_ids" in batch]
     padding = getattr(model.config, "pad_token_id", None) or 0
     inputs = {}
@@ -47,7 +47,7 @@ def embed(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[dict[str, torc
         if rows:
             length, fill = max(row.shape[1] for row in rows), padding if name == "input_ids" else 0
             inputs[name] = torch.cat([functional.pad(row, (0, length - row.shape[1]), value=fill) for row in rows])
-    outputs = model(**inputs)
+    outputs = model(**inputs, **options)
     mask = inputs["attention_mask"].unsqueeze(-1).to(outputs.last_hidden_state.dtype)
     pooled = (outputs.last_hidden_state * mask).sum(1) / mask.sum(1).clamp(min=1)
     embedded = functional.normalize(pooled.float(), dim=-1).chunk(len(sides))

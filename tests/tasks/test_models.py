@@ -47,7 +47,7 @@ def test_what_an_architecture_can_t_do_is_said(dense_folder, tmp_path):
     AutoConfig.from_pretrained(dense_folder("bert")).save_pretrained(tmp_path)
     with pytest.raises(SourceError, match="its model does not load"):
         load_model("masked-lm", tmp_path)
-    with pytest.raises(SourceError, match="its tokenizer does not load"):
+    with pytest.raises(SourceError, match="has no tokenizer"):
         load_tokenizer(tmp_path)
 
 

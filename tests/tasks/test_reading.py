@@ -71,10 +71,12 @@ def test_a_folder_that_datasets_reads(kinds, prepare):
 
 def test_validation_rows_are_drawn_by_the_seed(kinds, prepare):
     first, again, other = (
-        prepare("text-classification", train_file="rows.csv", validation_split_percentage=34, seed=seed)[0]
+        prepare(
+            "text-classification", train_file=["rows.csv"] * 4, validation_split_percentage=12.5, seed=seed
+        )[0]
         for seed in (0, 0, 1)
     )
-    assert (len(first.train), len(first.validation)) == (3, 3)
+    assert (len(first.train), len(first.validation)) == (21, 3)
     assert first.validation["input_ids"][:] == again.validation["input_ids"][:]
     assert first.validation["input_ids"][:] != other.validation["input_ids"][:]
 
@@ -215,7 +217,7 @@ REFUSED = {
         "truncation is 'cut'; choose from truncate, refuse",
     ),
     "a row too long": (
-        {"rows_jsonl": ROWS},
+        {"rows_jsonl": [*ROWS, {"text": "the cat sat on the mat and the law", "label": "a"}]},
         {"train_file": "rows.jsonl", "max_length": 8, "truncation": "refuse"},
         r"A row of \d+ tokens is longer than max_length \(8\)",
     ),

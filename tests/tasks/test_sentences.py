@@ -35,13 +35,14 @@ def test_an_embedding_is_the_mean_over_the_text_s_own_tokens(family, files, prep
     name = AutoModel._model_mapping[type(tiny_moe(family).config)].__name__
     model = tiny_moe(family, name)
     with torch.no_grad():
-        sides, outputs = embed(model, made.collator([made.train[0], made.train[1]]))
+        sides, _ = embed(model, made.collator([made.train[0], made.train[1]]))
         for side, vectors in sides.items():
             for vector, pair in zip(vectors, PAIRS, strict=True):
                 states = model(**tokenizer(pair[side], return_tensors="pt")).last_hidden_state[0]
                 mean = torch.nn.functional.normalize(states.mean(0), dim=0)
                 torch.testing.assert_close(vector, mean, atol=1e-5, rtol=1e-4)
-    assert outputs.aux_loss is not None
+        _, outputs = embed(model, made.collator([made.train[0], made.train[1]]), output_router_logits=True)
+    assert [len(logits) for logits in outputs.router_logits] == [outputs.last_hidden_state[..., 0].numel()] * 2
 
 
 def test_what_is_wrong_is_said_in_one_line(files, prepare):
