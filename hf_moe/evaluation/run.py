@@ -16,7 +16,7 @@ from hf_moe.convert.output import check_output, whole_folder
 from hf_moe.errors import UsageError
 from hf_moe.tasks import DataSettings, PreparedData, load_config, load_model, load_tokenizer, prepare_data
 from hf_moe.tasks.extras import need
-from hf_moe.tasks.prepare import find_task
+from hf_moe.tasks.prepare import check_data
 
 from . import plots
 from .bootstrap import RESAMPLES, paired_bootstrap
@@ -77,7 +77,7 @@ def evaluate(
         UsageError, SourceError, OutputError: in one line; nothing is written.
     """
     need("train", "datasets", "sklearn", "seqeval")
-    find_task(settings.task)
+    check_data(settings, (split,))
     paths = [os.fspath(model) for model in models]
     if not paths:
         raise UsageError("Name a model to evaluate.")
@@ -126,13 +126,13 @@ def _one(
         own = replace(settings, problem_type=kind or "single_label_classification")
     if own.problem_type == "regression":
         labels = None
-    prepared = prepare_data(own, tokenizer, config, splits=(split,), labels=labels)
     options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     model = load_model(task, path, **loading, **options)
     if model.new_weights and task != "sentence-embedding":
         raise UsageError(
             f"{path}: has no trained head for {task} ({model.new_weights[0]} is missing); train it first."
         )
+    prepared = prepare_data(own, tokenizer, config, splits=(split,), labels=labels)
     progress(f"{name}: running")
     predictions, truth = predict(model, prepared, split, batch_size=batch_size)
     measured = MEASURES[task](predictions, truth, prepared, split)

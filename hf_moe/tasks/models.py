@@ -2,12 +2,11 @@
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from hf_moe.convert.checkpoint import VOCABULARIES
 from hf_moe.convert.quiet import quiet
@@ -15,8 +14,6 @@ from hf_moe.errors import HfMoeError, SourceError, UsageError
 
 from .prepare import find_task
 from .table import TASKS
-
-logger = logging.get_logger(__name__)
 
 Path = str | os.PathLike[str]
 
@@ -59,14 +56,18 @@ def load_model(
     problem_type: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    ignore_mismatched_sizes: bool = False,
+    config_overrides: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """A checkpoint with the head of a task. Weights of the head that the checkpoint lacks are new: their names are
-    logged, and kept as `model.new_weights`.
+    """A checkpoint with the head of a task. Weights of the head that the checkpoint lacks are new: their names are kept
+    as `model.new_weights`.
 
     Args:
         labels: of a classification; by default those of the checkpoint.
         problem_type: of a text classification.
+        ignore_mismatched_sizes: whether a head of another size is made anew.
+        config_overrides: fields of the configuration that are set before the model is built.
         kwargs: for `from_pretrained`, such as `dtype`.
 
     Raises:
@@ -84,6 +85,8 @@ def load_model(
         config.num_labels = 1
     if problem_type is not None:
         config.problem_type = problem_type
+    for name, value in (config_overrides or {}).items():
+        setattr(config, name, value)
     if getattr(config, "pad_token_id", None) is None and isinstance(getattr(config, "eos_token_id", None), int):
         config.pad_token_id = config.eos_token_id  # as `load_tokenizer` does; a classifier looks for the last token
     model, info = _loaded(
@@ -94,12 +97,10 @@ def load_model(
         revision=revision,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
-        ignore_mismatched_sizes=False,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
         **kwargs,
     )
-    model.new_weights = sorted(info["missing_keys"])
-    if model.new_weights:
-        logger.warning(f"{path}: {len(model.new_weights)} weights are new: {', '.join(model.new_weights[:4])}.")
+    model.new_weights = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     return model
 
 

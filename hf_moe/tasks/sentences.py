@@ -38,9 +38,9 @@ class SentenceCollator:
 
 def embed(model: PreTrainedModel, batch: dict[str, Any], **options: Any) -> tuple[dict[str, torch.Tensor], Any]:
     """Side -> (B, D), mean of the last hidden states over the tokens that are no padding, at length 1; and the model's
-    output on all sides in one pass, (sides · B, T). `options` are for its forward pass."""
+    output on all sides in one pass, (sides · B, T), with `options` for it."""
     sides = [side for side in SIDES if f"{side}_input_ids" in batch]
-    padding = getattr(model.config, "pad_token_id", None) or 0
+    padding = getattr(getattr(model, "module", model).config, "pad_token_id", None) or 0
     inputs = {}
     for name in INPUTS:
         rows = [batch[f"{side}_{name}"] for side in sides if f"{side}_{name}" in batch]

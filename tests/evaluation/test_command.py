@@ -138,8 +138,9 @@ def refused(run, *arguments):
 def test_what_is_wrong_is_said_in_one_line(run, model, rows, dense_folder, tmp_path):
     folder, file = model("text-classification", "dense"), rows("text-classification")
     task = ["--task", "text-classification", "--data", file]
+    (tmp_path / "there").mkdir()
     cases = {
-        "has no trained head for text-classification (classifier.": [dense_folder("bert"), *task],
+        "has no trained head for text-classification (bert.pooler": [dense_folder("bert"), *task],
         "There is nothing to measure on": [folder, "--task", "text-classification"],
         "Name what is measured by --task": [folder, "--data", file],
         "task 'classification' is not known": [folder, "--task", "classification", "--data", file],
@@ -147,15 +148,15 @@ def test_what_is_wrong_is_said_in_one_line(run, model, rows, dense_folder, tmp_p
         "dtype 'half-ish' is none of torch's": [folder, *task, "--dtype", "half-ish"],
         "batch_size must be at least 1": [folder, *task, "--batch-size", "0"],
         "no such file": [folder, "--task", "text-classification", "--data", "gone.jsonl"],
-        "exists already; --overwrite replaces it": [folder, *task, "--output", str(tmp_path)],
+        "exists already; --overwrite replaces it": [folder, *task, "--output", "there"],
         "overlaps the source": [folder, *task, "--output", str(folder / "inside")],
-        "has no head for causal-lm": [dense_folder("vit"), "--task", "causal-lm", "--data", file],
+        "has no head for causal-lm": [dense_folder("distilbert"), "--task", "causal-lm", "--data", file],
     }
     for words, arguments in cases.items():
         code, err = refused(run, *arguments)
         assert words in err
         assert code in (1, 2)
-    assert {path.name for path in tmp_path.iterdir()} == {"dense", "rows.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "rows.jsonl", "there"}
 
 
 def test_two_processes_measure_what_one_does(model, rows, run):

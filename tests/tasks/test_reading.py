@@ -71,9 +71,7 @@ def test_a_folder_that_datasets_reads(kinds, prepare):
 
 def test_validation_rows_are_drawn_by_the_seed(kinds, prepare):
     first, again, other = (
-        prepare(
-            "text-classification", train_file=["rows.csv"] * 4, validation_split_percentage=12.5, seed=seed
-        )[0]
+        prepare("text-classification", train_file=["rows.csv"] * 4, validation_split_percentage=12.5, seed=seed)[0]
         for seed in (0, 0, 1)
     )
     assert (len(first.train), len(first.validation)) == (21, 3)
