@@ -123,15 +123,14 @@ def _one(
     labels, own = _labels(task, config), settings
     if task == "text-classification" and settings.problem_type is None:
         kind = getattr(config, "problem_type", None) or ("regression" if len(labels or []) == 1 else None)
-        own = replace(settings, problem_type=kind or "single_label_classification")
+        own = replace(settings, problem_type=kind or "single_label_classification")  # type: ignore[arg-type]
     if own.problem_type == "regression":
         labels = None
     options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     model = load_model(task, path, **loading, **options)
-    if model.new_weights and task != "sentence-embedding":
-        raise UsageError(
-            f"{path}: has no trained head for {task} ({model.new_weights[0]} is missing); train it first."
-        )
+    new: Any = model.new_weights
+    if new and task != "sentence-embedding":
+        raise UsageError(f"{path}: has no trained head for {task} ({new[0]} is missing); train it first.")
     prepared = prepare_data(own, tokenizer, config, splits=(split,), labels=labels)
     progress(f"{name}: running")
     predictions, truth = predict(model, prepared, split, batch_size=batch_size)

@@ -60,8 +60,8 @@ def load_model(
     config_overrides: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """A checkpoint with the head of a task. Weights of the head that the checkpoint lacks are new: their names are kept
-    as `model.new_weights`.
+    """A checkpoint with the head of a task. Weights that the checkpoint lacks are new: their names are kept as
+    `model.new_weights`.
 
     Args:
         labels: of a classification; by default those of the checkpoint.
@@ -84,7 +84,7 @@ def load_model(
     elif problem_type == "regression":
         config.num_labels = 1
     if problem_type is not None:
-        config.problem_type = problem_type
+        config.problem_type = problem_type  # type: ignore[assignment]
     for name, value in (config_overrides or {}).items():
         setattr(config, name, value)
     if getattr(config, "pad_token_id", None) is None and isinstance(getattr(config, "eos_token_id", None), int):
