@@ -59,6 +59,7 @@ def evaluate(
     revision: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    more: dict[str, Any] | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Evaluated:
     """Measures each model on the same split, and each but the first against the first.
@@ -72,6 +73,7 @@ def evaluate(
         dtype: of the weights in memory; by default as they are stored.
         resamples, seed: of the paired bootstrap.
         revision: of a single Hub checkpoint.
+        more: put into the report as it is.
 
     Raises:
         UsageError, SourceError, OutputError: in one line; nothing is written.
@@ -100,7 +102,7 @@ def evaluate(
     compared = [
         paired_bootstrap(done[0].measured, other.measured, resamples=resamples, seed=seed) for other in done[1:]
     ]
-    report = without_nan(_report(done, compared, settings, split))
+    report = without_nan(_report(done, compared, settings, split) | (more or {}))
     if folder is not None and main:
         with whole_folder(folder, "evaluation", overwrite, METRICS_NAME) as (files, _):
             _write(files, report, done)

@@ -62,12 +62,14 @@ def test_two_models_at_every_task(task, run, model, rows):
     assert ("confusion-1.png" in pictures) == (task == "text-classification")
 
 
-@pytest.mark.parametrize("task", ["masked-lm", "causal-lm", "text-classification", "token-classification"])
+@pytest.mark.parametrize(
+    "task", ["masked-lm", "causal-lm", "text-classification", "token-classification", "question-answering"]
+)
 def test_trainer_gets_the_same_figures(task, run, model, rows, tmp_path):
     folder, file = model(task, "dense", seed=1), rows(task)
-    code, out, err = run(folder, "--task", task, "--data", file, "--json", "--batch-size", "4")
+    code, out, err = run(folder, "--task", task, "--data", file, "--json", "--batch-size", "4", *OPTIONS.get(task, []))
     assert code == 0, err
-    settings = DataSettings(task=task, validation_file=file)
+    settings = DataSettings(task=task, validation_file=file, doc_stride=8)
     prepared = prepare_data(
         settings, load_tokenizer(folder, task=task), load_config(folder), splits=("validation",),
         labels=LABELS.get(task),
@@ -141,6 +143,7 @@ def test_what_is_wrong_is_said_in_one_line(run, model, rows, dense_folder, tmp_p
     (tmp_path / "there").mkdir()
     cases = {
         "has no trained head for text-classification (bert.pooler": [dense_folder("bert"), *task],
+        "--output is for what is measured on --data": [folder, "--lm-eval", "pets", "--output", "out"],
         "There is nothing to measure on": [folder, "--task", "text-classification"],
         "Name what is measured by --task": [folder, "--data", file],
         "task 'classification' is not known": [folder, "--task", "classification", "--data", file],
