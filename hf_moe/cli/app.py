@@ -9,6 +9,7 @@ from hf_moe import convert
 from hf_moe.cli import show
 from hf_moe.cli.evaluate import evaluate
 from hf_moe.cli.spread import SpreadCommand, named_files
+from hf_moe.cli.train import recipes, train
 from hf_moe.convert import certify, conversion, fusion, open_checkpoint, plan_upcycle, write_certificate
 from hf_moe.convert.describe import describe_checkpoint, describe_plan
 from hf_moe.convert.fusion_plan import plan_fuse
@@ -410,3 +411,8 @@ def routing(
 
 
 app.command(epilog="Example: hf-moe evaluate ./dense ./moe --task token-classification --data test.conll")(evaluate)
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: hf-moe train recipe.yaml --learning_rate 1e-4 --freeze experts_only",
+)(train)
+app.command(epilog="Example: hf-moe recipes")(recipes)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -147,6 +148,39 @@ def _routing(routing: dict[str, Any]) -> Iterator[str]:
             )
     if training := routing.get("training"):
         yield "{steps} steps of training: loss {first_loss:.3f} to {last_loss:.3f}".format(**training)
+
+
+def planned(told: dict[str, Any], as_json: bool) -> None:
+    """What a training run would do; its recipe in YAML, so that it can be kept."""
+    if as_json:
+        print(json.dumps(told, indent=2))
+        return
+    OUT.print(yaml.safe_dump(told["recipe"], sort_keys=False, allow_unicode=True).rstrip())
+    fields(_trains(told["trains"]) if "trains" in told else {}, as_json=False)
+    fields({name: value for name, value in told.items() if name in ("data", "upcycle")}, as_json=False)
+
+
+def trained(report: dict[str, Any], path: Path, as_json: bool) -> None:
+    """What a training run made; its history only as JSON, and in the file beside the weights."""
+    if as_json:
+        print(json.dumps(report | {"output": str(path)}, indent=2))
+        return
+    names = ("task", "class", "steps", "tokens", "active_flops", "best")
+    figures = {name: value for name, value in report["metrics"].items() if not name.endswith(SPEEDS)}
+    told = {name: report[name] for name in names} | _trains(report["trains"]) | {"metrics": figures}
+    fields(told | {"output": str(path)}, as_json=False)
+
+
+SPEEDS = ("_runtime", "_per_second", "_preparation_time", "total_flos")
+
+
+def _trains(trains: dict[str, Any]) -> dict[str, str]:
+    kinds = trains["by_kind"].items()
+    told = ", ".join(f"{kind} {row['parameters']:,} of {row['of']:,}" for kind, row in kinds)
+    return {
+        "trains": f"{trains['tensors']} tensors, {trains['parameters']:,} of {trains['of']:,} parameters "
+        f"({trains['share']:.1%}): {told}"
+    }
 
 
 def certificate(values: dict[str, Any], as_json: bool) -> None:
