@@ -112,7 +112,7 @@ def evaluated(report: dict[str, Any], path: Path | None, as_json: bool) -> None:
 
 def _metrics_table(models: dict[str, dict[str, float | None]]) -> Table:
     """A row a figure, a column a model: there are more figures than models."""
-    table = Table("", *(Text(name) for name in models), box=None, pad_edge=False)
+    table = Table("", *(Column(Text(name), justify="right") for name in models), box=None, pad_edge=False)
     for name in next(iter(models.values())):
         cells = [metrics.get(name) for metrics in models.values()]
         table.add_row(name.replace("_", " "), *("–" if cell is None else f"{cell:,.4f}" for cell in cells))
