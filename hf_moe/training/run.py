@@ -58,7 +58,7 @@ class Loaded:
     """What a recipe names, ready for Trainer.
 
     Args:
-        trains: `what_trains` of the model.
+        trains: `what_trains` of the model, and `new`, the names of weights that the checkpoint did not have.
         use_cache: its configuration's.
     """
 
@@ -151,6 +151,7 @@ def load(recipe: TrainRecipe, path: str) -> Loaded:
             "validation_split_percentage."
         )
     model: Any = model_for(settings, path, data, config)
+    new = list(model.new_weights)
     callbacks: list[TrainerCallback] = []
     if recipe.method.peft is not None:
         from .peft import add_adapter
@@ -159,13 +160,13 @@ def load(recipe: TrainRecipe, path: str) -> Loaded:
         options = {"preset": wanted} if isinstance(wanted, str) else dict(wanted)
         model = add_adapter(model, options.pop("preset", "attention+experts"), **options)
     else:
-        callbacks = freeze(model, recipe.method.freeze, new=model.new_weights)
+        callbacks = freeze(model, recipe.method.freeze, new=new)
     return Loaded(
         tokenizer=tokenizer,
         data=data,
         model=model,
         callbacks=callbacks,
-        trains=what_trains(model),
+        trains=what_trains(model) | {"new": new},
         use_cache=getattr(model.config, "use_cache", None),
     )
 
