@@ -122,6 +122,8 @@ def _check(recipe: TrainRecipe, args: TrainingArguments) -> None:
         raise UsageError(f"label_smoothing_factor: {task} has no labels to smooth.")
     if method.peft is not None and method.freeze != "none":
         raise UsageError("freeze and peft are both given; adapters freeze the rest by themselves, so leave one out.")
+    if method.peft is not None and recipe.model.upcycle is not None:
+        raise UsageError("upcycle and peft are both given; adapters need a mixture that stays: hf-moe upcycle first.")
     if method.router_learning_rate is not None and method.router_learning_rate < 0:
         raise UsageError(f"router_learning_rate is {method.router_learning_rate}; it can't be negative.")
     if args.metric_for_best_model is not None and args.eval_strategy == "no":
