@@ -23,7 +23,7 @@ from hf_moe.recipe import UpcycleRecipe
 from hf_moe.tasks import PreparedData, load_config, load_tokenizer, prepare_data
 
 from .callbacks import check_metric, early_stopping, tell_on_stderr
-from .freezing import freeze, what_trains
+from .freezing import GradualUnfreezing, freeze, what_trains
 from .model import kept_labels, model_for
 from .output import check_free, files_of, run_folder
 from .processes import on_main
@@ -215,6 +215,8 @@ def _trainer(
 ) -> MoeTrainer:
     data, method = loaded.data, recipe.method
     embeds = data.task == "sentence-embedding"
+    if any(isinstance(callback, GradualUnfreezing) for callback in loaded.callbacks):
+        args.ddp_find_unused_parameters = True  # what trains changes after the model is wrapped
     if embeds:
         args.label_names = ["labels"]
     try:
