@@ -191,11 +191,12 @@ SPEEDS = ("_runtime", "_per_second", "_preparation_time", "total_flos")
 
 
 def _trains(trains: dict[str, Any]) -> dict[str, str]:
-    kinds = trains["by_kind"].items()
+    kinds, new = trains["by_kind"].items(), trains["new"]
     told = ", ".join(f"{kind} {row['parameters']:,} of {row['of']:,}" for kind, row in kinds)
     return {
         "trains": f"{trains['tensors']} tensors, {trains['parameters']:,} of {trains['of']:,} parameters "
-        f"({trains['share']:.1%}): {told}"
+        f"({trains['share']:.1%}): {told}",
+        "new": f"{', '.join(new[:4])}{f' and {len(new) - 4} more' if new[4:] else ''}",
     }
 
 

@@ -57,6 +57,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     ignore_mismatched_sizes: bool = False,
+    from_scratch: bool = False,
     config_overrides: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -67,6 +68,7 @@ def load_model(
         labels: of a classification; by default those of the checkpoint.
         problem_type: of a text classification.
         ignore_mismatched_sizes: whether a head of another size is made anew.
+        from_scratch: whether weights are drawn by the configuration, and none are read.
         config_overrides: fields of the configuration that are set before the model is built.
         kwargs: for `from_pretrained`, such as `dtype`.
 
@@ -89,6 +91,8 @@ def load_model(
         setattr(config, name, value)
     if getattr(config, "pad_token_id", None) is None and isinstance(getattr(config, "eos_token_id", None), int):
         config.pad_token_id = config.eos_token_id  # as `load_tokenizer` does; a classifier looks for the last token
+    if from_scratch:
+        return _drawn(path, auto_class, config, trust_remote_code=trust_remote_code, **kwargs)
     model, info = _loaded(
         path,
         "model",
@@ -101,6 +105,15 @@ def load_model(
         **kwargs,
     )
     model.new_weights = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    return model
+
+
+def _drawn(path: Path, auto_class: Any, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """A model of `config` with new weights; `new_weights` names them all."""
+    options["dtype"] = {"auto": None}.get(options.get("dtype"), options.get("dtype"))
+    options = {name: value for name, value in options.items() if value is not None}
+    model = _loaded(path, "configuration", lambda _, **given: auto_class.from_config(config, **given), **options)
+    model.new_weights = sorted(name for name, _ in model.named_parameters())
     return model
 
 

@@ -30,6 +30,11 @@ def _in_body(name: str, model: nn.Module) -> bool:
     return name.startswith(f"{model.base_model_prefix}.")
 
 
+def is_factor(name: str) -> bool:
+    """Whether a parameter is one of the matrices by which experts of low rank differ (`LowRankExperts`)."""
+    return "experts" in name.split(".") and name.endswith(("_proj_a", "_proj_b"))
+
+
 # What each preset leaves frozen: (name, model) -> whether. "gradual:N" is beside these.
 PRESETS: dict[str, Callable[[str, nn.Module], bool]] = {
     "none": lambda name, model: False,
@@ -37,8 +42,9 @@ PRESETS: dict[str, Callable[[str, nn.Module], bool]] = {
     "experts_only": lambda name, model: kind_of(name) != "experts",
     "router_only": lambda name, model: kind_of(name) != "router",
     "all_but_router": lambda name, model: kind_of(name) == "router",
+    "low_rank_only": lambda name, model: kind_of(name) != "router" and not is_factor(name),
 }
-OF_MIXTURES = ("experts_only", "router_only", "all_but_router")
+OF_MIXTURES = ("experts_only", "router_only", "all_but_router", "low_rank_only")
 
 
 def freeze(model: nn.Module, how: str | list[str], *, new: Iterable[str] = ()) -> list[TrainerCallback]:
@@ -86,6 +92,8 @@ def _check_mixture(model: nn.Module, how: str) -> None:
             experts_of(model)
         except UsageError as error:
             raise UsageError(f"freeze is {how!r}, but {type(model).__name__} is dense.") from error
+    if how == "low_rank_only" and not any(is_factor(name) for name, _ in model.named_parameters()):
+        raise UsageError(f"freeze is {how!r}, but the experts are networks of their own: upcycle with expert_rank.")
 
 
 def _matching(names: list[str], patterns: list[str]) -> set[str]:

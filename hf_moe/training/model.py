@@ -8,6 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hf_moe.errors import UsageError
 from hf_moe.tasks import PreparedData, find_task, load_model
 
+from .distributed import distributed_config
 from .settings import ModelSettings
 
 OF_ROUTERS = (
@@ -31,6 +32,8 @@ def model_for(settings: ModelSettings, path: str, data: PreparedData, config: Pr
         for name in ("attn_implementation", "experts_implementation")
         if (value := getattr(settings, name)) is not None
     }
+    if settings.distributed is not None:
+        options["distributed_config"] = distributed_config(config, **settings.distributed)
     return load_model(
         data.task,
         path,
@@ -40,6 +43,7 @@ def model_for(settings: ModelSettings, path: str, data: PreparedData, config: Pr
         trust_remote_code=settings.trust_remote_code,
         ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
         config_overrides=overrides(config, settings),
+        from_scratch=settings.from_scratch,
         dtype=settings.dtype,
         **options,
     )

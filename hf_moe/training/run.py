@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from hf_moe.convert import conversion, plan_upcycle
@@ -58,7 +58,7 @@ class Loaded:
     """What a recipe names, ready for Trainer.
 
     Args:
-        trains: `what_trains` of the model.
+        trains: `what_trains` of the model, and `new`, the names of weights that the checkpoint did not have.
         use_cache: its configuration's.
     """
 
@@ -91,6 +91,7 @@ def train(recipe: TrainRecipe, *, overwrite: bool = False, quiet: bool = False) 
     checkpoint = on_main(lambda: find_checkpoint(recipe, files))
     with _folder(recipe, resume=checkpoint is not None and checkpoint.is_relative_to(files)):
         start = _start(recipe, files)
+        set_seed(args.seed)  # a new head is drawn now
         loaded = load(recipe, start)
         if checkpoint is not None:
             check_same(checkpoint, recipe, loaded.data.report)
@@ -150,6 +151,7 @@ def load(recipe: TrainRecipe, path: str) -> Loaded:
             "validation_split_percentage."
         )
     model: Any = model_for(settings, path, data, config)
+    new = list(model.new_weights)
     callbacks: list[TrainerCallback] = []
     if recipe.method.peft is not None:
         from .peft import add_adapter
@@ -158,13 +160,13 @@ def load(recipe: TrainRecipe, path: str) -> Loaded:
         options = {"preset": wanted} if isinstance(wanted, str) else dict(wanted)
         model = add_adapter(model, options.pop("preset", "attention+experts"), **options)
     else:
-        callbacks = freeze(model, recipe.method.freeze, new=model.new_weights)
+        callbacks = freeze(model, recipe.method.freeze, new=new)
     return Loaded(
         tokenizer=tokenizer,
         data=data,
         model=model,
         callbacks=callbacks,
-        trains=what_trains(model),
+        trains=what_trains(model) | {"new": new},
         use_cache=getattr(model.config, "use_cache", None),
     )
 

@@ -21,6 +21,7 @@ from . import losses
 from .checkpoints import RunState, last_checkpoint
 from .collate import SeededCollator
 from .compute import Active, count_active, count_tokens
+from .distributed import set_leaf_modules
 from .figures import Figures
 from .freezing import kind_of
 from .nonfinite import first_bad_output, first_bad_tensor
@@ -66,6 +67,8 @@ class MoeTrainer(Trainer):
         base = self._base_model()
         self.is_ours = isinstance(base, MoePreTrainedModelMixin)
         self.monitor = RoutingMonitor.join(self) if is_mixture(self.model) else None
+        if self.monitor is not None:
+            set_leaf_modules(self.model, self.accelerator)
         if self._moves_router_bias(base):
             self.add_callback(RouterBiasCallback())
         self.figures = Figures()

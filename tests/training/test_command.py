@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -204,7 +203,7 @@ def test_an_unknown_option_gets_a_suggestion(mixture, hf_moe_command, tmp_path):
 def test_early_stopping_stops_and_keeps_the_best(mixture, hf_moe_command, tmp_path):
     stopping = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     stopping |= {"load_best_model_at_end": True, "early_stopping_patience": 2, "metric_for_best_model": "nll"}
-    stopping |= {"greater_is_better": False, "max_steps": 20, "learning_rate": 3.0, "optim": "sgd"}
+    stopping |= {"max_steps": 20, "learning_rate": 3.0, "optim": "sgd"}
     keys = keys_for("causal-lm", mixture("gpt2"), tmp_path, max_grad_norm=0.0, **stopping)
     code, _, err = hf_moe_command("train", write_recipe(tmp_path / "recipe.yaml", keys))
     assert code == 0, err
@@ -265,13 +264,21 @@ def test_router_settings_reach_the_routers(mixture, hf_moe_command, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", packaged(), ids=lambda file: file.stem)
-def test_packaged_recipes_are_recipes(recipe, hf_moe_command):
+def test_packaged_recipes_run_as_they_stand(recipe, dense_folder, mixture, hf_moe_command, tmp_path, monkeypatch):
     read = TrainRecipe.from_yaml(recipe)
-    assert read.data.task in TASKS
-    assert not Path(read.model.model_name_or_path).is_absolute()
+    family = TASKS[read.data.task]
+    model = dense_folder(family) if read.model.upcycle or read.model.from_scratch else mixture(family)
+    (tmp_path / "model").symlink_to(model)
+    for split in ("train", "validation"):
+        write_rows(tmp_path / f"{split}.jsonl", read.data.task, 40 if split == "train" else 8)
+    monkeypatch.chdir(tmp_path)
     code, out, _ = hf_moe_command("recipes", "--json")
     assert code == 0
     assert len(json.loads(out)[recipe.stem]) > 10
+    quick = ["--num_train_epochs", 1, "--doc_stride", 4] if read.data.task == "question-answering" else []
+    code, _, err = hf_moe_command("train", recipe.stem, "--max_steps", 2, *quick)
+    assert code == 0, err
+    assert (tmp_path / "trained" / "model.safetensors").exists()
 
 
 def test_importing_the_commands_leaves_training_alone():
