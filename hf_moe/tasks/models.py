@@ -112,8 +112,8 @@ def load_model(
 
 def _drawn(path: Path, auto_class: Any, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     """A model of `config` with new weights; `new_weights` names them all."""
-    options["dtype"] = {"auto": None}.get(options.get("dtype"), options.get("dtype"))
-    options = {name: value for name, value in options.items() if value is not None}
+    if options.get("dtype") == "auto":
+        del options["dtype"]  # nothing is stored that could say it
     model = _loaded(path, "configuration", lambda _, **given: auto_class.from_config(config, **given), **options)
     model.new_weights = sorted(name for name, _ in model.named_parameters())
     return model

@@ -23,7 +23,7 @@ from hf_moe.recipe import UpcycleRecipe
 from hf_moe.tasks import PreparedData, load_config, load_tokenizer, prepare_data
 
 from .callbacks import check_metric, early_stopping, tell_on_stderr
-from .freezing import freeze, what_trains
+from .freezing import GradualUnfreezing, freeze, what_trains
 from .model import kept_labels, model_for
 from .output import check_free, files_of, run_folder
 from .processes import on_main
@@ -122,6 +122,8 @@ def _check(recipe: TrainRecipe, args: TrainingArguments) -> None:
         raise UsageError(f"label_smoothing_factor: {task} has no labels to smooth.")
     if method.peft is not None and method.freeze != "none":
         raise UsageError("freeze and peft are both given; adapters freeze the rest by themselves, so leave one out.")
+    if method.peft is not None and recipe.model.upcycle is not None:
+        raise UsageError("upcycle and peft are both given; adapters need a mixture that stays: hf-moe upcycle first.")
     if method.router_learning_rate is not None and method.router_learning_rate < 0:
         raise UsageError(f"router_learning_rate is {method.router_learning_rate}; it can't be negative.")
     if args.metric_for_best_model is not None and args.eval_strategy == "no":
@@ -213,6 +215,8 @@ def _trainer(
 ) -> MoeTrainer:
     data, method = loaded.data, recipe.method
     embeds = data.task == "sentence-embedding"
+    if any(isinstance(callback, GradualUnfreezing) for callback in loaded.callbacks):
+        args.ddp_find_unused_parameters = True  # what trains changes after the model is wrapped
     if embeds:
         args.label_names = ["labels"]
     try:
