@@ -1,6 +1,7 @@
 """Token classification: CoNLL files, schemes of tags, and which token has a word's tag."""
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from seqeval.scheme import BILOU, IOB2, IOBES, Tokens
@@ -57,6 +58,16 @@ def test_what_is_cut_off_is_counted(files, prepare):
     made, _ = prepare("token-classification", train_file="train.jsonl", max_length=12)
     report = made.report["splits"]["train"]
     assert (report["truncated"], report["words"], report["words_lost"]) == (1, 20, 10)
+
+
+def test_a_dataset_s_own_names_of_tags(tmp_path, prepare):
+    features = Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=["O", "B-PET", "I-PET"]))})
+    (tmp_path / "set").mkdir()
+    rows = Dataset.from_dict({"tokens": [["the", "cat"]], "ner_tags": [[0, 1]]}, features=features)
+    rows.to_parquet(tmp_path / "set" / "train.parquet")
+    made, _ = prepare("token-classification", dataset_name=str(tmp_path / "set"))
+    assert made.labels == ["B-PET", "I-PET", "O"]
+    assert made.train[0]["labels"] == [IGNORED, 2, 0, IGNORED]
 
 
 def test_tags_that_mark_no_entities_are_left(files, prepare):
