@@ -16,8 +16,8 @@ class ModelSettings:
         dtype: of the weights while they train; "auto": as they are stored.
         ignore_mismatched_sizes: whether a head for other labels is made anew; else the checkpoint's labels are kept.
         attn_implementation, experts_implementation: as in `from_pretrained`.
-        distributed: sizes of Transformers' `DistributedConfig` (`fsdp_size`, `ep_size`, `tp_size`), by which the model is
-            shared out over processes while it loads.
+        distributed: sizes of Transformers' `DistributedConfig` (`fsdp_size`, `ep_size`, `tp_size`), by which the model
+            is shared out over processes while it loads.
         upcycle: keys of `UpcycleRecipe`, if a dense checkpoint is to become a mixture first.
         dropout: of everything that has one (embeddings, residuals, attention, activations, head), in place of the
             configuration's.
