@@ -98,12 +98,32 @@ def evaluate(
     from hf_moe.evaluation.harness import run_harness
     from hf_moe.tasks import DataSettings
 
+    measured = bool(data) or dataset_name is not None
+    if not measured and lm_eval is None:
+        raise UsageError("There is nothing to measure on; give --data FILE, --dataset-name or --lm-eval TASKS.")
+    if measured and task is None:
+        raise UsageError("Name what is measured by --task, such as --task token-classification.")
+    if not measured and output is not None:
+        raise UsageError("--output is for what is measured on --data; give that, or --json without --output.")
     report: dict[str, Any] = {}
     path = None
     with show.Bars(enabled=not (json or quiet)) as progress:
-        if data or dataset_name is not None:
-            if task is None:
-                raise UsageError("Name what is measured by --task, such as --task token-classification.")
+        if lm_eval is not None:
+            progress.stage("lm-eval")
+            names = [name.strip() for name in lm_eval.split(",") if name.strip()]
+            report["lm_eval"] = {
+                model: run_harness(
+                    model,
+                    names,
+                    include_path=None if lm_eval_include_path is None else str(lm_eval_include_path),
+                    limit=lm_eval_limit,
+                    batch_size=batch_size,
+                    revision=revision,
+                    trust_remote_code=trust_remote_code,
+                )
+                for model in models
+            }
+        if task is not None and measured:
             settings = DataSettings(
                 task=task,
                 test_file=[str(file) for file in data or []] or None,
@@ -140,24 +160,9 @@ def evaluate(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 overwrite=overwrite,
+                more=report,
                 progress=progress.stage,
             )
             report, path = made.report, made.path
-        elif lm_eval is None:
-            raise UsageError("There is nothing to measure on; give --data FILE, --dataset-name or --lm-eval TASKS.")
-        if lm_eval is not None:
-            progress.stage("lm-eval")
-            report["lm_eval"] = {
-                model: run_harness(
-                    model,
-                    [name.strip() for name in lm_eval.split(",") if name.strip()],
-                    include_path=None if lm_eval_include_path is None else str(lm_eval_include_path),
-                    limit=lm_eval_limit,
-                    batch_size=batch_size,
-                    revision=revision,
-                    trust_remote_code=trust_remote_code,
-                )
-                for model in models
-            }
     if not quiet and PartialState().is_main_process:
         show.evaluated(report, path, json)

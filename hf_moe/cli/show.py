@@ -112,7 +112,7 @@ def evaluated(report: dict[str, Any], path: Path | None, as_json: bool) -> None:
 
 def _metrics_table(models: dict[str, dict[str, float | None]]) -> Table:
     """A row a figure, a column a model: there are more figures than models."""
-    table = Table("", *(Text(name) for name in models), box=None, pad_edge=False)
+    table = Table("", *(Column(Text(name), justify="right") for name in models), box=None, pad_edge=False)
     for name in next(iter(models.values())):
         cells = [metrics.get(name) for metrics in models.values()]
         table.add_row(name.replace("_", " "), *("–" if cell is None else f"{cell:,.4f}" for cell in cells))
@@ -175,11 +175,12 @@ SPEEDS = ("_runtime", "_per_second", "_preparation_time", "total_flos")
 
 
 def _trains(trains: dict[str, Any]) -> dict[str, str]:
-    kinds = trains["by_kind"].items()
+    kinds, new = trains["by_kind"].items(), trains["new"]
     told = ", ".join(f"{kind} {row['parameters']:,} of {row['of']:,}" for kind, row in kinds)
     return {
         "trains": f"{trains['tensors']} tensors, {trains['parameters']:,} of {trains['of']:,} parameters "
-        f"({trains['share']:.1%}): {told}"
+        f"({trains['share']:.1%}): {told}",
+        "new": f"{', '.join(new[:4])}{f' and {len(new) - 4} more' if new[4:] else ''}",
     }
 
 

@@ -36,7 +36,7 @@ def run_harness(
     unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown:
         raise UsageError(f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them.")
-    loading = {"revision": revision, "trust_remote_code": trust_remote_code}
+    loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     loaded = load_model("causal-lm", model, **loading)
     wrapped = HFLM(pretrained=loaded, tokenizer=load_tokenizer(model, **loading), batch_size=batch_size)
     try:

@@ -16,7 +16,7 @@ from hf_moe.convert.output import check_output, whole_folder
 from hf_moe.errors import UsageError
 from hf_moe.tasks import DataSettings, PreparedData, load_config, load_model, load_tokenizer, prepare_data
 from hf_moe.tasks.extras import need
-from hf_moe.tasks.prepare import find_task
+from hf_moe.tasks.prepare import check_data
 
 from . import plots
 from .bootstrap import RESAMPLES, paired_bootstrap
@@ -59,6 +59,7 @@ def evaluate(
     revision: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    more: dict[str, Any] | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Evaluated:
     """Measures each model on the same split, and each but the first against the first.
@@ -72,12 +73,13 @@ def evaluate(
         dtype: of the weights in memory; by default as they are stored.
         resamples, seed: of the paired bootstrap.
         revision: of a single Hub checkpoint.
+        more: put into the report as it is.
 
     Raises:
         UsageError, SourceError, OutputError: in one line; nothing is written.
     """
     need("train", "datasets", "sklearn", "seqeval")
-    find_task(settings.task)
+    check_data(settings, (split,))
     paths = [os.fspath(model) for model in models]
     if not paths:
         raise UsageError("Name a model to evaluate.")
@@ -100,7 +102,7 @@ def evaluate(
     compared = [
         paired_bootstrap(done[0].measured, other.measured, resamples=resamples, seed=seed) for other in done[1:]
     ]
-    report = without_nan(_report(done, compared, settings, split))
+    report = without_nan(_report(done, compared, settings, split) | (more or {}))
     if folder is not None and main:
         with whole_folder(folder, "evaluation", overwrite, METRICS_NAME) as (files, _):
             _write(files, report, done)
@@ -123,16 +125,15 @@ def _one(
     labels, own = _labels(task, config), settings
     if task == "text-classification" and settings.problem_type is None:
         kind = getattr(config, "problem_type", None) or ("regression" if len(labels or []) == 1 else None)
-        own = replace(settings, problem_type=kind or "single_label_classification")
+        own = replace(settings, problem_type=kind or "single_label_classification")  # type: ignore[arg-type]
     if own.problem_type == "regression":
         labels = None
-    prepared = prepare_data(own, tokenizer, config, splits=(split,), labels=labels)
     options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     model = load_model(task, path, **loading, **options)
-    if model.new_weights and task != "sentence-embedding":
-        raise UsageError(
-            f"{path}: has no trained head for {task} ({model.new_weights[0]} is missing); train it first."
-        )
+    new: Any = model.new_weights
+    if new and task != "sentence-embedding":
+        raise UsageError(f"{path}: has no trained head for {task} ({new[0]} is missing); train it first.")
+    prepared = prepare_data(own, tokenizer, config, splits=(split,), labels=labels)
     progress(f"{name}: running")
     predictions, truth = predict(model, prepared, split, batch_size=batch_size)
     measured = MEASURES[task](predictions, truth, prepared, split)

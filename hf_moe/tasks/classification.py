@@ -27,6 +27,10 @@ def prepare_classification(context: Context) -> Encoded:
 
 def _labels(context: Context) -> Labels:
     column = context.columns["label"]
+    for split, rows in context.raw.items():
+        for role in ("text", "text_pair"):
+            if role in context.columns:
+                check_texts(rows, context.columns[role], context.place(split))
     feature = next(iter(context.raw.values())).features[column]
     return find_labels(
         {split: list(rows[column]) for split, rows in context.raw.items()},
@@ -39,9 +43,6 @@ def _labels(context: Context) -> Labels:
 
 def _encode(context: Context, split: str, labels: Labels) -> tuple[Any, dict[str, Any]]:
     raw, columns = context.raw[split], context.columns
-    for role in ("text", "text_pair"):
-        if role in columns:
-            check_texts(raw, columns[role], context.place(split))
     rows = raw.map(
         _tokens,
         batched=True,

@@ -71,7 +71,16 @@ def _text(files: list[str], settings: DataSettings) -> Any:
 
 
 def _jsonl(files: list[str], settings: DataSettings) -> Any:
+    for file in [] if settings.streaming else files:
+        _check_encoding(file)
     return _load("json", files, settings, on_mixed_types=None, parse_agent_traces=False)
+
+
+def _check_encoding(file: str) -> None:
+    """The library reads bytes that are no text, without a word."""
+    with open(file, encoding="utf-8") as text:
+        for _ in text:
+            pass
 
 
 def _parquet(files: list[str], settings: DataSettings) -> Any:
@@ -189,6 +198,8 @@ def _why(files: list[str], kind: str, error: Exception) -> SourceError | UsageEr
     while cause.__cause__ is not None:
         cause = cause.__cause__
     reason = (str(cause) or type(cause).__name__).strip().splitlines()[0]
+    if "corresponds to no data" in reason:  # of a header alone
+        return UsageError(f"{files[0]}: holds no rows.")
     return SourceError(f"{files[0]}: can't be read as {kind} ({reason}).")
 
 

@@ -127,7 +127,7 @@ def _name(cell: Any, class_names: Sequence[str] | None, place: str) -> str:
 
 def sort_labels(names: set[str]) -> list[str]:
     """In alphabetical order; numbers in theirs."""
-    return sorted(names, key=lambda name: (0, int(name), "") if re.fullmatch(r"-?\d+", name) else (1, 0, name))
+    return sorted(names, key=lambda name: (0, int(name), name) if re.fullmatch(r"-?\d+", name) else (1, 0, name))
 
 
 def _label_list(rows: list[list[str]], class_names: Sequence[str] | None, given: Sequence[str] | None) -> list[str]:

@@ -29,7 +29,7 @@ def room(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int | 
         padding = (config.pad_token_id or 0) + 1 if family_of(config) in COUNTED_FROM_PADDING else 0
         limits.append(positions - padding)
     limits = [limit for limit in limits if limit < NO_LIMIT]
-    return min(limits, default=None)  # type: ignore[type-var]
+    return min(limits, default=None)
 
 
 def max_length(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:

@@ -1,20 +1,19 @@
 """A task's model and tokenizer, ours, Transformers' own mixtures and dense ones alike."""
 
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
+from hf_moe.convert.checkpoint import VOCABULARIES
 from hf_moe.convert.quiet import quiet
 from hf_moe.errors import HfMoeError, SourceError, UsageError
 
 from .prepare import find_task
 from .table import TASKS
-
-logger = logging.get_logger(__name__)
 
 Path = str | os.PathLike[str]
 
@@ -35,6 +34,9 @@ def load_tokenizer(
     Raises:
         SourceError: where there is none that works.
     """
+    folder = pathlib.Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in VOCABULARIES):
+        raise SourceError(f"{path}: has no tokenizer.")  # Transformers would make one of no words
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = _loaded(path, "tokenizer", AutoTokenizer.from_pretrained, **options)
     if task == "token-classification" and getattr(tokenizer, "add_prefix_space", None) is False:
@@ -55,16 +57,18 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     ignore_mismatched_sizes: bool = False,
+    from_scratch: bool = False,
     config_overrides: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """A checkpoint with the head of a task. Weights of the head that the checkpoint lacks are new: their names are
-    logged, and kept as `model.new_weights`.
+    """A checkpoint with the head of a task. Weights that the checkpoint lacks are new: their names are kept as
+    `model.new_weights`.
 
     Args:
         labels: of a classification; by default those of the checkpoint.
         problem_type: of a text classification.
         ignore_mismatched_sizes: whether a head of another size is made anew.
+        from_scratch: whether weights are drawn by the configuration, and none are read.
         config_overrides: fields of the configuration that are set before the model is built.
         kwargs: for `from_pretrained`, such as `dtype`.
 
@@ -82,11 +86,13 @@ def load_model(
     elif problem_type == "regression":
         config.num_labels = 1
     if problem_type is not None:
-        config.problem_type = problem_type
+        config.problem_type = problem_type  # type: ignore[assignment]
     for name, value in (config_overrides or {}).items():
         setattr(config, name, value)
     if getattr(config, "pad_token_id", None) is None and isinstance(getattr(config, "eos_token_id", None), int):
         config.pad_token_id = config.eos_token_id  # as `load_tokenizer` does; a classifier looks for the last token
+    if from_scratch:
+        return _drawn(path, auto_class, config, trust_remote_code=trust_remote_code, **kwargs)
     model, info = _loaded(
         path,
         "model",
@@ -99,8 +105,15 @@ def load_model(
         **kwargs,
     )
     model.new_weights = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
-    if model.new_weights:
-        logger.warning(f"{path}: {len(model.new_weights)} weights are new: {', '.join(model.new_weights[:4])}.")
+    return model
+
+
+def _drawn(path: Path, auto_class: Any, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """A model of `config` with new weights; `new_weights` names them all."""
+    if options.get("dtype") == "auto":
+        del options["dtype"]  # nothing is stored that could say it
+    model = _loaded(path, "configuration", lambda _, **given: auto_class.from_config(config, **given), **options)
+    model.new_weights = sorted(name for name, _ in model.named_parameters())
     return model
 
 

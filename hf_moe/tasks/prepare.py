@@ -79,9 +79,7 @@ def prepare_data(
     Raises:
         UsageError: for settings or data that don't fit the task; SourceError: for what can't be read. In one line.
     """
-    task = find_task(settings.task)
-    check_settings(settings)
-    _check_kinds(settings, task, splits)
+    task = check_data(settings, splits)
     raw, identity = read_splits(settings, splits)
     first = next(iter(raw))
     columns = find_columns(raw[first], settings, task.usual, task.optional, where(settings, first))
@@ -114,8 +112,15 @@ def prepare_data(
     )
 
 
-def _check_kinds(settings: DataSettings, task: Task, splits: tuple[str, ...]) -> None:
-    """Raises UsageError for files that can't hold what the task reads."""
+def check_data(settings: DataSettings, splits: tuple[str, ...]) -> Task:
+    """The task, where its data may do, as far as can be told without reading it.
+
+    Raises:
+        UsageError: for settings that can't be meant, or files that can't hold what the task reads.
+        SourceError: for a file that is not there.
+    """
+    task = find_task(settings.task)
+    check_settings(settings)
     if settings.streaming and task.labelled:
         raise UsageError(f"{settings.task}: can't be streamed, for its labels are checked first; leave streaming out.")
     for split in splits:
@@ -125,3 +130,4 @@ def _check_kinds(settings: DataSettings, task: Task, splits: tuple[str, ...]) ->
             raise UsageError(f"{files[0]}: is plain text, and {settings.task} needs labels or columns; give .jsonl.")
         if kind == TAGGED and settings.task != "token-classification":
             raise UsageError(f"{files[0]}: CoNLL files are for token-classification, not for {settings.task}.")
+    return task

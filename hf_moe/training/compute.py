@@ -33,24 +33,35 @@ def count_active(model: Any) -> Active:
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tied = {id(head.weight)} if getattr(head, "weight", None) is not None else set()
-    share = experts_share(getattr(model, "config", None))
+    config = getattr(model, "config", None)
     total = trained = 0.0
     for name, parameter in model.named_parameters():
         if id(parameter) in looked_up - tied:
             continue
-        size = parameter.numel() * (share if "experts" in name.split(".") else 1.0)
+        size = parameter.numel() * times(name, config)
         total += size
         trained += size * parameter.requires_grad
     return Active(total, trained)
 
 
-def experts_share(config: Any) -> float:
-    """K of E, the experts that a token visits; on average where experts choose, at most where their number varies."""
-    E = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    K = getattr(config, "num_experts_per_tok", None)
-    if not E or not K or getattr(config, "router_type", None) == "top_p":
+def times(name: str, config: Any) -> float:
+    """How often a token is multiplied with a parameter: K of E times with what is stacked by experts; with experts of
+    low rank, which share a network and compute all factors, once or, beside their activations, K times."""
+    if "experts" not in name.split("."):
         return 1.0
-    return (config.router_capacity_factor if getattr(config, "router_type", None) == "expert_choice" else K) / E
+    E = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
+    K = _visited(config, E)
+    if getattr(config, "expert_rank", 0):
+        return K if name.endswith(("up_proj_b", "down_proj_a")) else 1.0
+    return K / E
+
+
+def _visited(config: Any, E: int) -> float:
+    """K; on average where experts choose, and at most where their number varies."""
+    kind = getattr(config, "router_type", None)
+    if kind == "top_p":
+        return E
+    return config.router_capacity_factor if kind == "expert_choice" else getattr(config, "num_experts_per_tok", E)
 
 
 def count_tokens(inputs: dict[str, Any]) -> int:

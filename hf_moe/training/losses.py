@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 # Output of a mixture -> the field of its configuration that weights it in the loss.
 TERMS = {
@@ -53,8 +51,3 @@ def contrastive_loss(
     others_ND = positive_ND if negative_ND is None else torch.cat([positive_ND, negative_ND])
     scores_NN = scale * anchor_ND.float() @ others_ND.float().T
     return functional.cross_entropy(scores_NN, torch.arange(len(anchor_ND), device=scores_NN.device))
-
-
-def shifts_labels(model: nn.Module) -> bool:
-    """Whether `model` predicts the next token."""
-    return LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss

@@ -43,6 +43,7 @@ def model_for(settings: ModelSettings, path: str, data: PreparedData, config: Pr
         trust_remote_code=settings.trust_remote_code,
         ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
         config_overrides=overrides(config, settings),
+        from_scratch=settings.from_scratch,
         dtype=settings.dtype,
         **options,
     )

@@ -38,7 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-5,
     "lr_scheduler_type": "linear",
     "warmup_steps": 0.0,
-    "optim": "adamw_torch",
+    "optim": TrainingArguments.default_optim,
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
     "label_smoothing_factor": 0.0,
@@ -52,6 +52,9 @@ DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "report_to": "none",
 }
+
+# Metrics that are better where they are less, by the end of their names; Trainer knows of losses alone.
+LESS_IS_BETTER = ("loss", "nll", "perplexity", "bits_per_byte", "brier", "ece", "mse", "mae")
 
 # TrainingArguments that the command decides by itself.
 DECIDED = {
@@ -175,6 +178,8 @@ class TrainRecipe(Recipe):
         values |= {"output_dir": str(output_dir), "remove_unused_columns": False}
         if not torch.accelerator.is_available():
             values["use_cpu"] = True  # or bf16 is refused, and pinned memory warned of
+        if values["metric_for_best_model"] is not None:
+            values.setdefault("greater_is_better", not values["metric_for_best_model"].endswith(LESS_IS_BETTER))
         for name in self.other_names:  # Transformers drops the older names some day
             values[name] = values.pop(self.other_names[name], None)
         try:

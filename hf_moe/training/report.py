@@ -1,5 +1,6 @@
 """`training.json`: what was trained on what, by which software, and how it went."""
 
+import math
 import platform
 from importlib import metadata
 from typing import Any
@@ -33,7 +34,7 @@ def report_of(
 ) -> dict[str, Any]:
     """What the file holds, JSON-able; without paths of this machine."""
     state, args = trainer.state, trainer.args
-    return without_folders(
+    told = without_folders(
         {
             "format": FORMAT,
             "task": data.task,
@@ -63,3 +64,13 @@ def report_of(
             "history": state.log_history,
         }
     )
+    return without_nan(told)
+
+
+def without_nan(value: Any) -> Any:
+    """None in the place of figures that there are none of: JSON has no NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return {name: without_nan(item) for name, item in value.items()} if isinstance(value, dict) else value

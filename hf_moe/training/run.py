@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from hf_moe.convert import conversion, plan_upcycle
@@ -23,7 +23,7 @@ from hf_moe.recipe import UpcycleRecipe
 from hf_moe.tasks import PreparedData, load_config, load_tokenizer, prepare_data
 
 from .callbacks import check_metric, early_stopping, tell_on_stderr
-from .freezing import freeze, what_trains
+from .freezing import GradualUnfreezing, freeze, what_trains
 from .model import kept_labels, model_for
 from .output import check_free, files_of, run_folder
 from .processes import on_main
@@ -58,7 +58,7 @@ class Loaded:
     """What a recipe names, ready for Trainer.
 
     Args:
-        trains: `what_trains` of the model.
+        trains: `what_trains` of the model, and `new`, the names of weights that the checkpoint did not have.
         use_cache: its configuration's.
     """
 
@@ -91,6 +91,7 @@ def train(recipe: TrainRecipe, *, overwrite: bool = False, quiet: bool = False) 
     checkpoint = on_main(lambda: find_checkpoint(recipe, files))
     with _folder(recipe, resume=checkpoint is not None and checkpoint.is_relative_to(files)):
         start = _start(recipe, files)
+        set_seed(args.seed)  # a new head is drawn now
         loaded = load(recipe, start)
         if checkpoint is not None:
             check_same(checkpoint, recipe, loaded.data.report)
@@ -121,6 +122,8 @@ def _check(recipe: TrainRecipe, args: TrainingArguments) -> None:
         raise UsageError(f"label_smoothing_factor: {task} has no labels to smooth.")
     if method.peft is not None and method.freeze != "none":
         raise UsageError("freeze and peft are both given; adapters freeze the rest by themselves, so leave one out.")
+    if method.peft is not None and recipe.model.upcycle is not None:
+        raise UsageError("upcycle and peft are both given; adapters need a mixture that stays: hf-moe upcycle first.")
     if method.router_learning_rate is not None and method.router_learning_rate < 0:
         raise UsageError(f"router_learning_rate is {method.router_learning_rate}; it can't be negative.")
     if args.metric_for_best_model is not None and args.eval_strategy == "no":
@@ -150,6 +153,7 @@ def load(recipe: TrainRecipe, path: str) -> Loaded:
             "validation_split_percentage."
         )
     model: Any = model_for(settings, path, data, config)
+    new = list(model.new_weights)
     callbacks: list[TrainerCallback] = []
     if recipe.method.peft is not None:
         from .peft import add_adapter
@@ -158,13 +162,13 @@ def load(recipe: TrainRecipe, path: str) -> Loaded:
         options = {"preset": wanted} if isinstance(wanted, str) else dict(wanted)
         model = add_adapter(model, options.pop("preset", "attention+experts"), **options)
     else:
-        callbacks = freeze(model, recipe.method.freeze, new=model.new_weights)
+        callbacks = freeze(model, recipe.method.freeze, new=new)
     return Loaded(
         tokenizer=tokenizer,
         data=data,
         model=model,
         callbacks=callbacks,
-        trains=what_trains(model),
+        trains=what_trains(model) | {"new": new},
         use_cache=getattr(model.config, "use_cache", None),
     )
 
@@ -211,6 +215,8 @@ def _trainer(
 ) -> MoeTrainer:
     data, method = loaded.data, recipe.method
     embeds = data.task == "sentence-embedding"
+    if any(isinstance(callback, GradualUnfreezing) for callback in loaded.callbacks):
+        args.ddp_find_unused_parameters = True  # what trains changes after the model is wrapped
     if embeds:
         args.label_names = ["labels"]
     try:

@@ -14,6 +14,7 @@ class ModelSettings:
         tokenizer_name: where the tokenizer is, if not there.
         trust_remote_code: whether code of the checkpoint may run. Mixtures of ours need none here.
         dtype: of the weights while they train; "auto": as they are stored.
+        from_scratch: whether weights are drawn anew, by the configuration alone.
         ignore_mismatched_sizes: whether a head for other labels is made anew; else the checkpoint's labels are kept.
         attn_implementation, experts_implementation: as in `from_pretrained`.
         distributed: sizes of Transformers' `DistributedConfig` (`fsdp_size`, `ep_size`, `tp_size`), by which the model
@@ -31,6 +32,7 @@ class ModelSettings:
     tokenizer_name: str | None = None
     trust_remote_code: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"
+    from_scratch: bool = False
     ignore_mismatched_sizes: bool = False
     attn_implementation: str | None = None
     experts_implementation: str | None = None

@@ -3,14 +3,14 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_moe
 from hf_moe.recipes import files as packaged
-from hf_moe.training import TrainRecipe
+from hf_moe.training import TrainRecipe, train
 from tests.training.runs import keys_for, write_recipe, write_rows
 
 TASKS = {
@@ -141,7 +141,13 @@ def test_dry_run_tells_and_writes_nothing(mixture, hf_moe_command, tmp_path):
         ("causal-lm", "gpt2", {"validation_file": None, "eval_strategy": "epoch"}, "there are no validation rows"),
         ("causal-lm", "gpt2", {"freeze": ["xyz"]}, "'xyz' matches no parameter"),
         ("causal-lm", "gpt2", {"freeze": [".*"]}, "leaves nothing of GPT2MoeLMHeadModel to train"),
-        ("causal-lm", "gpt2", {"freeze": "none", "peft": "attention"} | {"freeze": "router_only"}, "both given"),
+        ("causal-lm", "gpt2", {"freeze": "router_only", "peft": "attention"}, "both given"),
+        (
+            "causal-lm",
+            "gpt2",
+            {"upcycle": {"num_experts": 4}, "peft": "attention"},
+            "adapters need a mixture that stays",
+        ),
         ("question-answering", "bert", {"label_smoothing_factor": 0.1}, "has no labels to smooth"),
         ("causal-lm", "gpt2", {"config_overrides": {"colour": 1}}, "colour: the model's configuration has no such"),
         ("causal-lm", "gpt2", {"dropout": 2}, "dropout is 2"),
@@ -204,7 +210,7 @@ def test_an_unknown_option_gets_a_suggestion(mixture, hf_moe_command, tmp_path):
 def test_early_stopping_stops_and_keeps_the_best(mixture, hf_moe_command, tmp_path):
     stopping = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     stopping |= {"load_best_model_at_end": True, "early_stopping_patience": 2, "metric_for_best_model": "nll"}
-    stopping |= {"greater_is_better": False, "max_steps": 20, "learning_rate": 3.0, "optim": "sgd"}
+    stopping |= {"max_steps": 20, "learning_rate": 3.0, "optim": "sgd"}
     keys = keys_for("causal-lm", mixture("gpt2"), tmp_path, max_grad_norm=0.0, **stopping)
     code, _, err = hf_moe_command("train", write_recipe(tmp_path / "recipe.yaml", keys))
     assert code == 0, err
@@ -265,13 +271,63 @@ def test_router_settings_reach_the_routers(mixture, hf_moe_command, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", packaged(), ids=lambda file: file.stem)
-def test_packaged_recipes_are_recipes(recipe, hf_moe_command):
+def test_packaged_recipes_run_as_they_stand(recipe, dense_folder, mixture, hf_moe_command, tmp_path, monkeypatch):
     read = TrainRecipe.from_yaml(recipe)
-    assert read.data.task in TASKS
-    assert not Path(read.model.model_name_or_path).is_absolute()
+    family = TASKS[read.data.task]
+    model = dense_folder(family) if read.model.upcycle or read.model.from_scratch else mixture(family)
+    (tmp_path / "model").symlink_to(model)
+    for split in ("train", "validation"):
+        write_rows(tmp_path / f"{split}.jsonl", read.data.task, 40 if split == "train" else 8)
+    monkeypatch.chdir(tmp_path)
     code, out, _ = hf_moe_command("recipes", "--json")
     assert code == 0
     assert len(json.loads(out)[recipe.stem]) > 10
+    short = ["--doc_stride", 4] if read.data.task == "question-answering" else []  # the model has 64 positions
+    code, _, err = hf_moe_command("train", recipe.stem, "--max_steps", 2, *short)
+    assert code == 0, err
+    assert (tmp_path / "trained" / "model.safetensors").exists()
+
+
+def test_a_new_head_is_drawn_by_the_seed(mixture, tmp_path):
+    def run(name, seed):
+        folder = tmp_path / name
+        folder.mkdir()
+        keys = keys_for("text-classification", mixture("bert"), folder, seed=seed, max_steps=1)
+        train(TrainRecipe.from_dict(keys), quiet=True)
+        return (folder / "out" / "model.safetensors").read_bytes()
+
+    first = run("first", 1)
+    torch.rand(3)
+    assert run("again", 1) == first
+    assert run("other", 2) != first
+
+
+def test_adapters_train_and_are_saved(mixture, hf_moe_command, tmp_path):
+    from peft import PeftModel
+
+    peft = {"preset": "attention+experts", "r": 2}
+    keys = keys_for("causal-lm", mixture("gpt2"), tmp_path, peft=peft, learning_rate=1e-2)
+    code, out, err = hf_moe_command("train", write_recipe(tmp_path / "recipe.yaml", keys), "--json")
+    assert code == 0, err
+    assert json.loads(out)["trains"]["share"] < 0.5
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    base = hf_moe.GPT2MoeLMHeadModel.from_pretrained(mixture("gpt2"))
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    merged = PeftModel.from_pretrained(base, tmp_path / "out").merge_and_unload().state_dict()
+    moved = {name for name, value in before.items() if not torch.equal(value, merged[name])}
+    assert any(".experts." in name for name in moved)
+    assert not any(".gate." in name for name in moved)
+
+
+def test_what_is_streamed_trains(mixture, hf_moe_command, tmp_path):
+    keys = keys_for("causal-lm", mixture("gpt2"), tmp_path, streaming=True, packing=True, max_length=16)
+    code, _, err = hf_moe_command("train", write_recipe(tmp_path / "recipe.yaml", keys))
+    assert code == 0, err
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["tokens"] == 2 * 4 * 16
+    del keys["max_steps"]
+    code, _, err = hf_moe_command("train", write_recipe(tmp_path / "recipe.yaml", keys), "--overwrite")
+    assert code == 2
+    assert "max_steps has to be specified" in err
 
 
 def test_importing_the_commands_leaves_training_alone():

@@ -87,6 +87,17 @@ def test_arguments_that_do_not_go_together_are_one_line():
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("metric", "greater"), [("f1_macro", True), ("nll", False), ("eval_loss", False), ("mse", False)]
+)
+def test_which_metrics_are_better_where_they_are_less(metric, greater):
+    keys = {**LEAST, "metric_for_best_model": metric, "eval_strategy": "epoch"}
+    recipe = TrainRecipe.from_dict(keys)
+    assert recipe.training_arguments(recipe.output).greater_is_better == greater
+    recipe = TrainRecipe.from_dict({**keys, "greater_is_better": not greater})
+    assert recipe.training_arguments(recipe.output).greater_is_better != greater
+
+
 def test_data_seed_is_the_datas():
     assert TrainRecipe.from_dict({**LEAST, "seed": 3}).data.seed == 3
     both = TrainRecipe.from_dict({**LEAST, "seed": 3, "data_seed": 5})

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from hf_moe.errors import SourceError, UsageError
-from hf_moe.training import TrainRecipe, train
+from hf_moe.training import MoeTrainer, TrainRecipe, train
 from hf_moe.training.checkpoints import is_whole, last_checkpoint, read_state, share_out
 from tests.training.runs import keys_for, recipe_for, without_times, write_recipe
 
@@ -89,8 +89,7 @@ def test_killed_half_way_and_resumed_it_is_the_same_run(long_run, hf_moe_command
         assert other[name] == one[name], name
 
 
-@pytest.mark.parametrize("step", [2, 3, 4])  # inside an epoch, at its end, after it
-def test_resuming_where_an_epoch_ends(step, mixture, tmp_path):
+def test_resuming_where_an_epoch_ends(mixture, tmp_path):
     def run(folder, **keys):
         folder.mkdir(exist_ok=True)
         made = keys_for("masked-lm", mixture("bert"), folder, dropout=0.2, learning_rate=1e-3)
@@ -98,9 +97,51 @@ def test_resuming_where_an_epoch_ends(step, mixture, tmp_path):
         return train(TrainRecipe.from_dict(made | keys), quiet=True)
 
     whole = run(tmp_path / "whole")
-    checkpoint = shutil.copytree(whole.path / f"checkpoint-{step}", tmp_path / "elsewhere")
-    again = run(tmp_path / "again", resume_from_checkpoint=str(checkpoint))
+    for step in (2, 3, 4):  # inside an epoch, at its end, after it
+        checkpoint = shutil.copytree(whole.path / f"checkpoint-{step}", tmp_path / f"from-{step}")
+        again = run(tmp_path / f"again-{step}", resume_from_checkpoint=str(checkpoint))
+        assert without_times(again.report["history"]) == without_times(whole.report["history"])
+
+
+@pytest.mark.parametrize(
+    ("task", "family", "keys"),
+    [
+        ("causal-lm", "gpt2", {"streaming": True, "packing": True, "max_length": 16}),
+        ("causal-lm", "gpt2", {"peft": {"preset": "attention+experts", "r": 2}}),
+        ("sentence-embedding", "bert", {"dropout": 0.1}),
+        ("text-classification", "llama", {"optim": "sgd", "freeze": "experts_only"}),
+    ],
+    ids=["streamed", "adapters", "embedding", "classes"],
+)
+def test_other_runs_resume_too(task, family, keys, mixture, tmp_path):
+    made = keys_for(task, mixture(family), tmp_path, save_strategy="steps", save_steps=1, learning_rate=1e-2)
+    made |= {"max_steps": 4, **keys}
+    whole = train(TrainRecipe.from_dict(made), quiet=True)
+    checkpoint = str(whole.path / "checkpoint-2")
+    again = made | {"output_dir": str(tmp_path / "again"), "resume_from_checkpoint": checkpoint}
+    report = train(TrainRecipe.from_dict(again), quiet=True).report
+    assert without_times(report["history"]) == without_times(whole.report["history"])
+
+
+def test_interrupted_after_upcycling_it_goes_on(dense_folder, tmp_path, monkeypatch):
+    keys = keys_for("causal-lm", dense_folder("gpt2"), tmp_path, upcycle={"num_experts": 4, "drop_ratio": 0.5})
+    keys |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "dropout": 0.1}
+    whole = train(TrainRecipe.from_dict(keys | {"output_dir": str(tmp_path / "whole")}), quiet=True)
+    step = MoeTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(MoeTrainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainRecipe.from_dict(keys), quiet=True)
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    again = train(TrainRecipe.from_dict(keys | {"resume_from_checkpoint": True}), quiet=True)
     assert without_times(again.report["history"]) == without_times(whole.report["history"])
+    assert not (tmp_path / "out.partial").exists()
 
 
 @pytest.fixture(scope="module")

@@ -207,6 +207,15 @@ def test_active_parameters_are_counted_as_by_hand():
     assert count_active(tied).all == sum(shapes.values()) - shapes["transformer.wpe.weight"] - experts / 2
 
 
+def test_experts_of_low_rank_cost_one_network_and_all_factors():
+    model = tiny_moe("llama", expert_rank=2)
+    D, F, R, E, K, layers = 32, 64, 2, 4, 2, 2
+    shared = 3 * D * F
+    once, often = E * R * D + E * D * R, E * 2 * F * R + E * R * F  # before and after, and beside the activations
+    others = sum(p.numel() for name, p in model.named_parameters() if ".experts." not in name and "embed" not in name)
+    assert count_active(model).all == others + layers * (shared + once + K * often)
+
+
 def test_padding_is_no_token():
     assert count_tokens(batch("bert", rows=2, length=10)) == 15
     assert count_tokens({"input_ids": torch.zeros(2, 5)}) == 10
