@@ -6,6 +6,7 @@ from .conversion import Progress, Upcycled, from_dense, upcycle
 from .downcycle import downcycle
 from .families import FAMILIES, Family
 from .fusion import Fused, fuse
+from .low_rank import expand_experts
 from .mixture import Mixture, open_mixture
 from .plan import Plan, TensorPlan, plan_upcycle
 from .prune import merge_experts, prune
@@ -24,6 +25,7 @@ __all__ = [
     "Upcycled",
     "certify",
     "downcycle",
+    "expand_experts",
     "from_dense",
     "fuse",
     "merge_experts",

@@ -100,10 +100,11 @@ def plan_tensors(blend: Blend) -> list[TensorPlan]:
     made = {plan.name: plan for layer in mixture.layers for plan in _of_layer(mixture, layer, blend.num_experts)}
     old = {plan.name for layer in mixture.layers for plan in _of_layer(mixture, layer, mixture.num_experts)}
     tensors = []
+    factors = {name for layer in mixture.layers for name in mixture.factors(layer)}  # in the experts, which are whole
     for name, info in mixture.checkpoint.tensors.items():
         if name in made:
             tensors.append(made[name])
-        elif name not in old:
+        elif name not in old | factors:
             tensors.append(copied(name, info.dtype, info.shape))
     return tensors
 

@@ -45,6 +45,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
             "norm_topk_prob": mixture.norm_topk_prob,
             "moe_layers": list(mixture.layers),
             "expert_width": mixture.width,
+            "expert_rank": mixture.rank or None,
             "shared_expert_width": mixture.shared_width or None,
             "upcycled_from": config.get("upcycled_from"),
             "fused_from": config.get("fused_from"),
@@ -107,7 +108,8 @@ def _parameters(
     """Total, and those that one token uses: `visited` of every `num_experts` experts, stacked or each by itself."""
     experts = others = 0
     for name, shape in shapes.items():
-        if ".experts." in name:
+        shared = len(shape) > 1 and shape[0] == 1 < num_experts  # by experts of low rank
+        if ".experts." in name and not shared:
             experts += math.prod(shape)
         else:
             others += math.prod(shape)

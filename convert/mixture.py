@@ -77,6 +77,7 @@ class Mixture:
         roles: of the projections an expert has: "up" and "down", and "gate" where it is gated.
         kinds: of the experts' tensors: "weight", and "bias" where they have biases.
         width, shared_width: neurons of one expert, and of the shared one (0: there is none).
+        rank: above 0, experts are one network plus matrices of this rank (`LowRankExperts`); here they are whole.
     """
 
     checkpoint: Checkpoint
@@ -93,6 +94,7 @@ class Mixture:
     kinds: tuple[str, ...] = KINDS
     width: int = 0
     shared_width: int = 0
+    rank: int = 0
 
     def prefix(self, layer: int) -> str:
         """The layer's name."""
@@ -100,12 +102,19 @@ class Mixture:
 
     def projection(self, layer: int, role: str, kind: str, expert: int) -> torch.Tensor:
         """(out, in), or (out,) where `kind` is "bias"; of a stacked tensor only this expert's bytes are read."""
-        return _read(self.checkpoint, self._projection(layer, role, kind, expert))
+        held = _read(self.checkpoint, self._projection(layer, role, kind, expert))
+        if not self.rank or kind == "bias":
+            return held
+        a, b = (_read(self.checkpoint, info) for info in self._factors(layer, role, expert))
+        wide = torch.promote_types(held.dtype, torch.float32)
+        return (held.to(wide) + b.to(wide) @ a.to(wide)).to(held.dtype)
 
     def projection_pieces(
         self, layer: int, role: str, kind: str, expert: int, piece_bytes: int
     ) -> Iterator[torch.Tensor]:
         """The values of `projection` in order, flat, at most `piece_bytes` at a time."""
+        if self.rank:
+            return iter(self.projection(layer, role, kind, expert).view(-1).split(max(1, piece_bytes // 8)))
         info = self._projection(layer, role, kind, expert)
         return replace(self.checkpoint, tensors={info.name: info}).read_pieces(info.name, piece_bytes)
 
@@ -135,8 +144,22 @@ class Mixture:
         name, roles = self.form.holding(role)
         info = self.checkpoint.tensors[self._name(layer, name, expert) + self.form.endings[kind]]
         if self.form.stacked:
-            info = _part(info, expert, self.num_experts, info.shape[1:])
+            held, count = (0, 1) if self.rank else (expert, self.num_experts)
+            info = _part(info, held, count, info.shape[1:])
         return _part(info, roles.index(role), len(roles), (info.shape[0] // len(roles), *info.shape[1:]))
+
+    def factors(self, layer: int) -> list[str]:
+        """Names of the layer's matrices of low rank."""
+        weights = [self._name(layer, name) + self.form.endings["weight"] for name in self.form.experts]
+        return [f"{name}_{factor}" for name in weights for factor in "ab"] if self.rank else []
+
+    def _factors(self, layer: int, role: str, expert: int) -> tuple[TensorInfo, TensorInfo]:
+        """A (rank, in) and B (out, rank), whose product the expert's projection has beside what all share."""
+        name, roles = self.form.holding(role)
+        weight = self._name(layer, name) + self.form.endings["weight"]
+        a, b = (self.checkpoint.tensors[f"{weight}_{factor}"] for factor in "ab")
+        a, b = (_part(info, expert, self.num_experts, info.shape[1:]) for info in (a, b))
+        return a, _part(b, roles.index(role), len(roles), (b.shape[0] // len(roles), b.shape[1]))
 
 
 def _part(info: TensorInfo, index: int, count: int, shape: tuple[int, ...]) -> TensorInfo:
@@ -169,6 +192,7 @@ def open_mixture(checkpoint: Checkpoint) -> Mixture:
         layer=layout.layer,
         block=block,
         form=form,
+        rank=getattr(config, "expert_rank", 0),
     )
     return _measured(mixture)
 
@@ -262,11 +286,21 @@ def _all_projections(mixture: Mixture, layer: int) -> Iterator[tuple[str, str, T
         for kind in mixture.kinds:
             for expert in range(mixture.num_experts):
                 info = mixture._projection(layer, role, kind, expert)
-                if mixture.form.stacked and _stack_size(mixture, layer, role, kind) != mixture.num_experts:
+                if mixture.form.stacked and not _holds_all(mixture, layer, role, kind):
                     raise SourceError(f"{mixture.checkpoint.path}: tensor {info.name!r} does not hold every expert.")
                 yield role, kind, info
 
 
-def _stack_size(mixture: Mixture, layer: int, role: str, kind: str) -> int:
+def _holds_all(mixture: Mixture, layer: int, role: str, kind: str) -> bool:
+    tensors = mixture.checkpoint.tensors
     name = mixture._name(layer, mixture.form.holding(role)[0]) + mixture.form.endings[kind]
-    return mixture.checkpoint.tensors[name].shape[0]
+    if not mixture.rank:
+        return tensors[name].shape[0] == mixture.num_experts
+    if kind == "bias":
+        return tensors[name].shape[0] == 1
+    _, rows, columns = tensors[name].shape
+    return (tensors[name].shape[0], tensors[f"{name}_a"].shape, tensors[f"{name}_b"].shape) == (
+        1,
+        (mixture.num_experts, mixture.rank, columns),
+        (mixture.num_experts, rows, mixture.rank),
+    )

@@ -113,6 +113,7 @@ WITHOUT: dict[str, tuple[Any, str]] = {
     "shared_width": (0, "it has no shared expert"),
     "router_z_loss_coef": (0, "it has no router z-loss"),
     "router_type": ("softmax", "its routers are softmax top-k"),
+    "expert_rank": (0, "each of its experts is a network of its own"),
 }
 
 
@@ -205,6 +206,7 @@ def _facts(recipe: UpcycleRecipe, dense_config: PretrainedConfig, layers: list[i
         "router_aux_loss_coef": float(recipe.router_aux_loss_coef),
         "router_z_loss_coef": recipe.router_z_loss_coef,
         "router_type": recipe.router_type,
+        "expert_rank": recipe.expert_rank,
         "dense_layers": [i for i in range(dense_config.num_hidden_layers) if i not in layers],
         "expert_width": scheme.expert_width,
         "shared_width": scheme.shared_width,

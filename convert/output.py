@@ -89,7 +89,7 @@ def whole_folder(
             for folder in [parent for parent in reversed(output.parents) if not parent.exists()]:
                 folder.mkdir()
                 undo.callback(folder.rmdir)
-            with _locked(partial, output):
+            with locked(partial, output):
                 _check_ours(partial)
                 _restore(partial, output)
                 _check_taken(output, overwrite, mark)
@@ -98,8 +98,8 @@ def whole_folder(
                 try:
                     _clear(files, set(journal.marks))
                     yield files, journal
-                    _sync(files)
-                    _replace(files, output, partial)
+                    sync(files)
+                    replace(files, output, partial)
                 except BaseException as error:
                     if isinstance(error, Exception) or not journal.marks:
                         with suppress(OSError):
@@ -115,7 +115,7 @@ def whole_folder(
 
 
 @contextmanager
-def _locked(partial: Path, output: Path) -> Iterator[None]:
+def locked(partial: Path, output: Path) -> Iterator[None]:
     """Makes `partial` and holds its lock, which a killed process lets go by itself."""
     while True:
         partial.mkdir(exist_ok=True)
@@ -167,13 +167,13 @@ def _clear(files: Path, known: set[str]) -> None:
             path.unlink()
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Everything on disk before the rename says that it is."""
     for path in [*folder.rglob("*"), folder]:
-        _sync_one(path)
+        sync_one(path)
 
 
-def _sync_one(path: Path) -> None:
+def sync_one(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -181,14 +181,14 @@ def _sync_one(path: Path) -> None:
         os.close(handle)
 
 
-def _replace(files: Path, output: Path, partial: Path) -> None:
+def replace(files: Path, output: Path, partial: Path) -> None:
     """`files` becomes `output`, and an old `output` part of `partial`, in one step where the system has one."""
     if not output.exists():
         files.rename(output)
     elif not _exchange(files, output):
         output.rename(partial / "old")
         files.rename(output)
-    _sync_one(output.parent)
+    sync_one(output.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:

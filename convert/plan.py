@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -167,7 +167,7 @@ def _plan(checkpoint: Checkpoint, recipe: UpcycleRecipe) -> Plan:
     target, choice = choose_target(ours, recipe, dense_class, dense_config, layers, scheme)
     if target.form.shared_gate:
         schemes = {layer: behind_sigmoid(scheme) for layer, scheme in schemes.items()}
-    tensors = _tensors(source, networks, schemes, target, recipe.num_experts)
+    tensors = _tensors(source, networks, schemes, target, recipe)
     lacking = {target.name(name) for name in expected if name not in names}  # tied, or optional in the source
     return Plan(
         recipe=recipe,
@@ -258,6 +258,7 @@ def _moe_config(checkpoint, family, moe_class, recipe: UpcycleRecipe, layers, sc
         "moe_layers": layers,
         "moe_intermediate_size": scheme.expert_width,
         "shared_expert_intermediate_size": scheme.shared_width,
+        "expert_rank": recipe.expert_rank,
         "norm_topk_prob": recipe.norm_topk_prob,
         "router_type": recipe.router_type,
         "router_group_size": recipe.granularity,
@@ -271,13 +272,13 @@ def _moe_config(checkpoint, family, moe_class, recipe: UpcycleRecipe, layers, sc
 
 
 def _tensors(
-    source: Source, networks: dict[int, Network], schemes: dict[int, Scheme], target: Target, num_experts: int
+    source: Source, networks: dict[int, Network], schemes: dict[int, Scheme], target: Target, recipe: UpcycleRecipe
 ) -> list[TensorPlan]:
     """Every source tensor copied, but the networks', in whose place stand experts and a router."""
     instead: dict[str, list[TensorPlan]] = {}
     for layer, network in networks.items():
         first, *others = network.names
-        instead[first] = _layer_tensors(source, network, schemes[layer], target, num_experts)
+        instead[first] = _layer_tensors(source, network, schemes[layer], target, recipe)
         instead |= {name: [] for name in others}
     tensors: list[TensorPlan] = []
     for name in source.names:
@@ -293,7 +294,7 @@ def _tensors(
 
 
 def _layer_tensors(
-    source: Source, network: Network, scheme: Scheme, target: Target, num_experts: int
+    source: Source, network: Network, scheme: Scheme, target: Target, recipe: UpcycleRecipe
 ) -> list[TensorPlan]:
     form, hidden = target.form, network.weight["up"].shape(source)[1]
 
@@ -316,7 +317,7 @@ def _layer_tensors(
             experts=tuple(experts),
         )
 
-    everyone = range(num_experts)
+    everyone = range(1 if recipe.expert_rank else recipe.num_experts)
     plans: list[TensorPlan] = []
     for kind in KINDS:
         held = network.projections(kind)
@@ -325,6 +326,8 @@ def _layer_tensors(
                 if set(roles) <= set(held):
                     name += form.endings[kind]
                     plans.append(planned(name, kind, "experts", roles, experts, scheme.expert_width, form.stacked))
+        if recipe.expert_rank and kind == "weight":
+            plans += [factor for tensor in plans for factor in _factors(tensor, recipe)]
         if scheme.shared_width:
             for role in held:
                 name = f"{form.shared[role]}.{kind}"
@@ -338,7 +341,7 @@ def _layer_tensors(
     router = TensorPlan(
         name=named(form.router),
         dtype=dtype,
-        shape=(num_experts, hidden),
+        shape=(recipe.num_experts, hidden),
         method="router",
         sources=network.norm,
         layer=network.layer,
@@ -352,6 +355,17 @@ def _layer_tensors(
             TensorPlan(name=named(name), dtype=dtype, shape=shape, method="zeros", sources=(), layer=network.layer)
         )
     return [*plans, router]
+
+
+def _factors(tensor: TensorPlan, recipe: UpcycleRecipe) -> tuple[TensorPlan, TensorPlan]:
+    """The matrices of low rank (`LowRankExperts`) beside what all experts share, (1, out, in)."""
+    _, rows, columns = tensor.shape
+    experts, rank = recipe.num_experts, recipe.expert_rank
+    factor = replace(tensor, sources=(), roles=(), experts=())
+    return (
+        replace(factor, name=f"{tensor.name}_a", shape=(experts, rank, columns), method="drawn"),
+        replace(factor, name=f"{tensor.name}_b", shape=(experts, rows, rank), method="zeros"),
+    )
 
 
 def widest(dtypes: Iterable[str]) -> str:

@@ -169,6 +169,8 @@ def _write(job: Job, groups: dict[int, tuple[Group, ...]], num_experts: int, rep
     blend = Blend(mixture, groups, scales, unscaled.orders)
     config = copy.deepcopy(mixture.config)
     config.num_experts = num_experts
+    if mixture.rank:
+        config.expert_rank = 0
     config.num_experts_per_tok = top_k
     notes = []
     if top_k < mixture.top_k:

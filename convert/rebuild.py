@@ -163,7 +163,7 @@ def _recipe(mixture: Mixture) -> UpcycleRecipe:
         norm_topk_prob=mixture.norm_topk_prob,
     )
     set_aside = mixture.shared_width if recipe.shared_expert_weight is None else 0
-    return replace(recipe, shared_expert_intermediate_size=set_aside, noise_std=0.0, drop_ratio=0.0)
+    return replace(recipe, shared_expert_intermediate_size=set_aside, noise_std=0.0, drop_ratio=0.0, expert_rank=0)
 
 
 def _dtype(mixture: Mixture) -> str:

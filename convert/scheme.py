@@ -85,6 +85,7 @@ def scheme_of(recipe: UpcycleRecipe, width: int, *, gated: bool, dtype: str) -> 
         UsageError: where the numbers do not fit.
     """
     _check_router(recipe)
+    _check_rank(recipe)
     parts = _parts(recipe)
     shared_weight = recipe.shared_expert_weight
     shared_is_copy = shared_weight is not None
@@ -146,6 +147,21 @@ def _check_router(recipe: UpcycleRecipe) -> None:
             f"router_type {kind!r} sends tokens to different numbers of experts, but with method 'split' a token must "
             "visit as many parts as every other; use method 'copy'."
         )
+
+
+def _check_rank(recipe: UpcycleRecipe) -> None:
+    """One copy of the network is all experts': nothing may cut it, or change it for one of them."""
+    if recipe.expert_rank < 0:
+        raise UsageError(f"expert_rank is {recipe.expert_rank}; it can't be negative.")
+    each = {
+        "method 'split'": recipe.method == "split",
+        "granularity": recipe.granularity != 1,
+        "drop_ratio": recipe.drop_ratio > 0,
+        "noise_std": recipe.noise_std > 0,
+    }
+    if recipe.expert_rank and any(each.values()):
+        named = ", ".join(name for name, is_set in each.items() if is_set)
+        raise UsageError(f"expert_rank keeps one copy of the network for all experts, which rules out {named}.")
 
 
 def _parts(recipe: UpcycleRecipe) -> int:

@@ -104,6 +104,14 @@ def _router(tensor: TensorPlan, plan: Plan) -> Iterator[torch.Tensor]:
     yield tied(rows, group).to(DTYPES[tensor.dtype])
 
 
+def _drawn(tensor: TensorPlan, plan: Plan) -> Iterator[torch.Tensor]:
+    """Normal, so that a normal input of unit size stays one; of one expert at a time."""
+    experts, *shape = tensor.shape
+    for expert in range(experts):
+        generator = _generator(plan, "drawn", tensor.layer, tensor.name.rpartition(".")[2], expert)
+        yield (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(DTYPES[tensor.dtype])
+
+
 def _zeros(tensor: TensorPlan, plan: Plan) -> Iterator[torch.Tensor]:
     yield torch.zeros(tensor.shape, dtype=DTYPES[tensor.dtype])
 
@@ -114,6 +122,7 @@ METHODS: dict[str, Callable[[TensorPlan, Plan], Iterator[torch.Tensor]]] = {
     "experts": _experts,
     "shared": _shared,
     "router": _router,
+    "drawn": _drawn,
     "zeros": _zeros,
 }
 

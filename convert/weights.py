@@ -67,6 +67,7 @@ def _our_facts(moe: Checkpoint) -> dict[str, Any]:
         "num_experts_per_tok": moe.config.get("num_experts_per_tok", 2),
         "norm_topk_prob": moe.config.get("norm_topk_prob", True),
         "router_type": moe.config.get("router_type", "softmax"),
+        "expert_rank": moe.config.get("expert_rank", 0),
         "moe_layers": "all" if layers is None else layers,
     }
 

@@ -1,7 +1,7 @@
 """Dense Transformers checkpoints become Mixture-of-Experts models; importing this tells the Auto classes of them."""
 
 from hf_moe.auto import register_all
-from hf_moe.convert import downcycle, from_dense, fuse, merge_experts, prune, upcycle
+from hf_moe.convert import downcycle, expand_experts, from_dense, fuse, merge_experts, prune, upcycle
 from hf_moe.modeling.modeling_bert_moe import *
 from hf_moe.modeling.modeling_bert_moe import __all__ as _bert
 from hf_moe.modeling.modeling_dinov2_moe import *
@@ -51,7 +51,7 @@ from hf_moe.modeling.modeling_xlm_roberta_moe import *
 from hf_moe.modeling.modeling_xlm_roberta_moe import __all__ as _xlm_roberta
 from hf_moe.version import __version__
 
-__all__ = ["__version__", "downcycle", "fuse", "merge_experts", "prune", "upcycle"]
+__all__ = ["__version__", "downcycle", "expand_experts", "fuse", "merge_experts", "prune", "upcycle"]
 __all__ += [
     *_bert,
     *_dinov2,

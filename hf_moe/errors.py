@@ -23,3 +23,7 @@ class OutputError(HfMoeError):
 
 class CertificateError(HfMoeError):
     """The mixture is not the dense function, although its method says that it is."""
+
+
+class TrainingError(HfMoeError):
+    """Training can't go on: a loss or a gradient that is not finite. The last checkpoint is left where it is."""

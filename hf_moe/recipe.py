@@ -22,7 +22,7 @@ REQUIRED = {
 }
 
 
-def _options(hint: Any) -> tuple[str, ...]:
+def options_of(hint: Any) -> tuple[str, ...]:
     """What a field may be, where its type lists that."""
     parts = (hint,) if get_origin(hint) is Literal else get_args(hint)  # a union's
     return next((get_args(part) for part in parts if get_origin(part) is Literal), ())
@@ -51,7 +51,7 @@ class Recipe:
         for field in fields:
             if field.default is dataclasses.MISSING and field.name not in values:
                 raise UsageError(f"{where}: names no {field.name}, {REQUIRED[field.name]}.")
-            options, value = _options(field.type), values.get(field.name)
+            options, value = options_of(field.type), values.get(field.name)
             if options and value is not None and value not in options:
                 raise UsageError(f"{where}: {field.name} is {value!r}; choose from {', '.join(options)}.")
         try:
@@ -133,6 +133,8 @@ class UpcycleRecipe(Recipe):
         shared_expert_intermediate_size: how many of the network's neurons become a shared expert instead.
         shared_expert_weight: or the whole network becomes a shared expert of this weight (between 0 and 1), and the
             experts get the rest.
+        expert_rank: above 0, experts are copies held once, and matrices of this rank by which they come to differ (Li
+            et al. 2024, arXiv 2404.15159).
         partition: by what neurons are dealt where a network is cut: "random", "kmeans" (of their weights) or
             "coactivation" (on the text of `calibration`).
         calibration: file of text, one passage a line.
@@ -162,6 +164,7 @@ class UpcycleRecipe(Recipe):
     granularity: int = 1
     shared_expert_intermediate_size: int = 0
     shared_expert_weight: float | None = None
+    expert_rank: int = 0
     partition: Literal["random", "kmeans", "coactivation"] = "random"
     calibration: str | None = None
     noise_std: float | int = 0.0

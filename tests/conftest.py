@@ -1,11 +1,17 @@
 """Tiny dense checkpoints, made once a session: real files on disk, as a user would have them."""
 
+import atexit
 import json
 import os
+import shutil
 import sys
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in a test may wait for a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers run side by side
+if "HF_DATASETS_CACHE" not in os.environ:  # each worker has its own, and takes it away
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="hf-moe-datasets-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 import pytest
 import torch

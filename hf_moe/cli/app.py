@@ -7,6 +7,9 @@ import typer
 
 from hf_moe import convert
 from hf_moe.cli import show
+from hf_moe.cli.cross_validate import cv
+from hf_moe.cli.evaluate import evaluate
+from hf_moe.cli.expand import expand_experts
 from hf_moe.cli.options import (
     DryRun,
     Dtype,
@@ -24,6 +27,7 @@ from hf_moe.cli.options import (
     TopK,
 )
 from hf_moe.cli.spread import SpreadCommand, named_files
+from hf_moe.cli.train import recipes, train
 from hf_moe.convert import certify, conversion, fusion, open_checkpoint, plan_upcycle, write_certificate
 from hf_moe.convert.describe import describe_checkpoint, describe_plan
 from hf_moe.convert.fusion_plan import plan_fuse
@@ -76,6 +80,9 @@ def upcycle(
     shared_weight: Annotated[
         float | None, typer.Option(help="Or: the whole network is a shared expert of this weight.")
     ] = None,
+    expert_rank: Annotated[
+        int | None, typer.Option(help="Experts share one network and differ by matrices of this rank. [default: 0]")
+    ] = None,
     partition: Annotated[
         str | None, typer.Option(help="Cut by 'random', 'kmeans' or 'coactivation'. [default: random]")
     ] = None,
@@ -125,6 +132,7 @@ def upcycle(
         "granularity": granularity,
         "shared_expert_intermediate_size": shared_width,
         "shared_expert_weight": shared_weight,
+        "expert_rank": expert_rank,
         "partition": partition,
         "calibration": calibration,
         "drop_ratio": drop_ratio,
@@ -411,3 +419,16 @@ def routing(
         )
     if not quiet:
         show.observed(made, json)
+
+
+app.command(epilog="Example: hf-moe evaluate ./dense ./moe --task token-classification --data test.conll")(evaluate)
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: hf-moe train recipe.yaml --learning_rate 1e-4 --freeze experts_only",
+)(train)
+app.command(epilog="Example: hf-moe recipes")(recipes)
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: hf-moe cv recipe.yaml --folds 5 --group-col author --output_dir ./cv",
+)(cv)
+app.command(epilog="Example: hf-moe expand-experts ./low-rank ./moe")(expand_experts)

@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -89,6 +91,61 @@ def observed(made: Observed, as_json: bool) -> None:
     OUT.print(f"{made.path / 'report.html'}")
 
 
+def evaluated(report: dict[str, Any], path: Path | None, as_json: bool) -> None:
+    """A row a model, and how each differs from the first."""
+    if as_json:
+        print(json.dumps(report | {"output": None if path is None else str(path)}, indent=2))
+        return
+    if models := report.get("models"):
+        OUT.print(_metrics_table({model["name"]: model["metrics"] for model in models}))
+        for entry in report["comparisons"]:
+            OUT.print(_comparison(entry))
+        for note in report["notes"]:
+            OUT.print(f"- {note}")
+    for model, tasks in report.get("lm_eval", {}).items():
+        for task, figures in tasks.items():
+            shown = {name: value for name, value in figures.items() if isinstance(value, float)}
+            OUT.print(f"{model}, {task}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+    if path is not None:
+        OUT.print(f"{path}")
+
+
+def cross_validated(report: dict[str, Any], path: Path, as_json: bool) -> None:
+    """Each figure over the folds."""
+    if as_json:
+        print(json.dumps(report | {"output": str(path)}, indent=2))
+        return
+    columns = ("mean", "sd", *(f"fold {fold['fold']}" for fold in report["folds"]))
+    table = Table("", *(Column(name, justify="right") for name in columns), box=None, pad_edge=False)
+    for name, over in report["summary"].items():
+        cells = [over["mean"], over["sd"], *(fold["metrics"][name] for fold in report["folds"])]
+        table.add_row(name.replace("_", " "), *("–" if cell is None else f"{cell:,.4f}" for cell in cells))
+    OUT.print(table)
+    for note in report["notes"]:
+        OUT.print(f"- {note}")
+    OUT.print(f"{path}")
+
+
+def _metrics_table(models: dict[str, dict[str, float | None]]) -> Table:
+    """A row a figure, a column a model: there are more figures than models."""
+    table = Table("", *(Column(Text(name), justify="right") for name in models), box=None, pad_edge=False)
+    for name in next(iter(models.values())):
+        cells = [metrics.get(name) for metrics in models.values()]
+        table.add_row(name.replace("_", " "), *("–" if cell is None else f"{cell:,.4f}" for cell in cells))
+    return table
+
+
+def _comparison(entry: dict[str, Any]) -> str:
+    start = f"{entry['model']} against {entry['against']}, {entry['metric']}: "
+    if "note" in entry:
+        return start + entry["note"]
+    low, high = entry["interval"]
+    return (
+        f"{start}{entry['difference']:+.4f} (95% {low:+.4f} to {high:+.4f}), better in "
+        f"{entry['share_better']:.1%} of {entry['resamples']} resamples"
+    )
+
+
 def fused(values: dict[str, Any], routing: dict[str, Any], certificate: dict[str, Any] | None, as_json: bool) -> None:
     """What a fusion made."""
     shown = routing if as_json else list(_routing(routing))
@@ -107,6 +164,40 @@ def _routing(routing: dict[str, Any]) -> Iterator[str]:
             )
     if training := routing.get("training"):
         yield "{steps} steps of training: loss {first_loss:.3f} to {last_loss:.3f}".format(**training)
+
+
+def planned(told: dict[str, Any], as_json: bool) -> None:
+    """What a training run would do; its recipe in YAML, so that it can be kept."""
+    if as_json:
+        print(json.dumps(told, indent=2))
+        return
+    OUT.print(yaml.safe_dump(told["recipe"], sort_keys=False, allow_unicode=True).rstrip())
+    fields(_trains(told["trains"]) if "trains" in told else {}, as_json=False)
+    fields({name: value for name, value in told.items() if name in ("data", "upcycle")}, as_json=False)
+
+
+def trained(report: dict[str, Any], path: Path, as_json: bool) -> None:
+    """What a training run made; its history only as JSON, and in the file beside the weights."""
+    if as_json:
+        print(json.dumps(report | {"output": str(path)}, indent=2))
+        return
+    names = ("task", "class", "steps", "tokens", "active_flops", "best")
+    figures = {name: value for name, value in report["metrics"].items() if not name.endswith(SPEEDS)}
+    told = {name: report[name] for name in names} | _trains(report["trains"]) | {"metrics": figures}
+    fields(told | {"output": str(path)}, as_json=False)
+
+
+SPEEDS = ("_runtime", "_per_second", "_preparation_time", "total_flos")
+
+
+def _trains(trains: dict[str, Any]) -> dict[str, str]:
+    kinds, new = trains["by_kind"].items(), trains["new"]
+    told = ", ".join(f"{kind} {row['parameters']:,} of {row['of']:,}" for kind, row in kinds)
+    return {
+        "trains": f"{trains['tensors']} tensors, {trains['parameters']:,} of {trains['of']:,} parameters "
+        f"({trains['share']:.1%}): {told}",
+        "new": f"{', '.join(new[:4])}{f' and {len(new) - 4} more' if new[4:] else ''}",
+    }
 
 
 def certificate(values: dict[str, Any], as_json: bool) -> None:

@@ -16,6 +16,7 @@ class Dinov2MoeConfig(MoeConfigMixin, Dinov2Config):
     attribute_map = {"num_local_experts": "num_experts"}
 
     modeling_module: ClassVar[str] = "modeling_dinov2_moe"
+    moe_block: ClassVar[str] = "encoder.layer.*.mlp"
     auto_classes: ClassVar[dict[str, str]] = {
         "AutoModel": "Dinov2MoeModel",
         "AutoModelForImageClassification": "Dinov2MoeForImageClassification",

@@ -16,6 +16,7 @@ class DistilBertMoeConfig(MoeConfigMixin, DistilBertConfig):
     attribute_map = {**DistilBertConfig.attribute_map, "num_local_experts": "num_experts"}
 
     modeling_module: ClassVar[str] = "modeling_distilbert_moe"
+    moe_block: ClassVar[str] = "transformer.layer.*.ffn"
     auto_classes: ClassVar[dict[str, str]] = {
         "AutoModel": "DistilBertMoeModel",
         "AutoModelForPreTraining": "DistilBertMoeForMaskedLM",

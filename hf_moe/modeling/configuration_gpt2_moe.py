@@ -16,6 +16,7 @@ class GPT2MoeConfig(MoeConfigMixin, GPT2Config):
     attribute_map = {**GPT2Config.attribute_map, "num_local_experts": "num_experts"}
 
     modeling_module: ClassVar[str] = "modeling_gpt2_moe"
+    moe_block: ClassVar[str] = "h.*.mlp"
     auto_classes: ClassVar[dict[str, str]] = {
         "AutoModel": "GPT2MoeModel",
         "AutoModelForPreTraining": "GPT2MoeLMHeadModel",

@@ -16,6 +16,7 @@ class GPTNeoMoeConfig(MoeConfigMixin, GPTNeoConfig):
     attribute_map = {**GPTNeoConfig.attribute_map, "num_local_experts": "num_experts"}
 
     modeling_module: ClassVar[str] = "modeling_gpt_neo_moe"
+    moe_block: ClassVar[str] = "h.*.mlp"
     auto_classes: ClassVar[dict[str, str]] = {
         "AutoModel": "GPTNeoMoeModel",
         "AutoModelForCausalLM": "GPTNeoMoeForCausalLM",

@@ -16,6 +16,7 @@ class GPTJMoeConfig(MoeConfigMixin, GPTJConfig):
     attribute_map = {**GPTJConfig.attribute_map, "num_local_experts": "num_experts"}
 
     modeling_module: ClassVar[str] = "modeling_gptj_moe"
+    moe_block: ClassVar[str] = "h.*.mlp"
     auto_classes: ClassVar[dict[str, str]] = {
         "AutoModel": "GPTJMoeModel",
         "AutoModelForCausalLM": "GPTJMoeForCausalLM",

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+# The tensors that experts may have (`MoeExperts`).
+EXPERT_TENSORS = tuple(f"{name}{kind}" for name in ("gate_up_proj", "up_proj", "down_proj") for kind in ("", "_bias"))
+
+# How the projections of a feed-forward network are cut under tensor parallelism.
+_CUT = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class MoeConfigMixin(_Base):
@@ -27,6 +33,8 @@ class MoeConfigMixin(_Base):
         moe_layers: indices of the layers whose feed-forward network is a mixture; `None` means all of them.
         moe_intermediate_size: inner width of one expert; `None` means the dense network's.
         shared_expert_intermediate_size: inner width of the expert that every token visits; 0 means there is none.
+        expert_rank: rank of the matrices by which experts differ from one network that they share (see
+            `LowRankExperts`); 0 means that every expert is a network of its own.
         norm_topk_prob: whether the chosen gates are rescaled to sum to 1.
         router_type: how experts are chosen: "softmax", "sigmoid", "noisy", "top_p", "expert_choice" or "laplace"
             (see `moe_router_kinds.ROUTERS`).
@@ -56,6 +64,8 @@ class MoeConfigMixin(_Base):
     # A family fills these in.
     modeling_module: ClassVar[str]
     auto_classes: ClassVar[dict[str, str]]
+    # Where a mixture stands in the body, `*` for the layer's index.
+    moe_block: ClassVar[str] = "layers.*.mlp"
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",
@@ -70,6 +80,7 @@ class MoeConfigMixin(_Base):
     moe_layers: list[int] | None = None
     moe_intermediate_size: int | None = None
     shared_expert_intermediate_size: int = 0
+    expert_rank: int = 0
     norm_topk_prob: bool = True
     router_type: str = "softmax"
     router_top_p: float | int = 0.4
@@ -101,6 +112,40 @@ class MoeConfigMixin(_Base):
         """The layers that are mixtures, in order."""
         return list(range(self.num_hidden_layers)) if self.moe_layers is None else sorted(self.moe_layers)
 
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """Expert parallelism: each process holds some of the experts, whole, and tokens travel to them. There is none
+        of experts of low rank, whose network is that of all.
+
+        This plan and those below name what *can* stand in a body; `MoePreTrainedModelMixin` leaves out what does not.
+        """
+        if self.expert_rank:
+            return {}
+        experts = f"{self.moe_block}.experts"
+        return {**{f"{experts}.{name}": "grouped_gemm" for name in EXPERT_TENSORS}, experts: "ep_dispatch_experts"}
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str] | None:
+        """Tensor parallelism: the dense family's, where it has one, and the experts' neurons dealt out as well where
+        experts have no biases (one after the cut would be added once a process). Elsewhere experts stay whole."""
+        dense = super().base_model_tp_plan
+        if dense is None:
+            return None
+        shared = f"{self.moe_block}.shared_expert"
+        plan = {**dense, **{f"{shared}.{name}": style for name, style in _CUT.items()}}
+        biased = getattr(self, "mlp_bias", False)
+        if f"{self.moe_block}.gate_proj" in dense and not biased and not self.expert_rank:
+            experts = f"{self.moe_block}.experts"
+            plan |= {f"{experts}.gate_up_proj": "packed_colwise", f"{experts}.down_proj": "rowwise"}
+            plan[experts] = "moe_tp_experts"
+        return plan
+
+    @property
+    def base_model_fsdp_plan(self) -> dict[str, str]:
+        """Fully sharded data parallelism: weights are gathered layer by layer."""
+        layer = self.moe_block[: self.moe_block.index("*") + 1]
+        return {**super().base_model_fsdp_plan, layer: "free_full_weight"}
+
     def validate_moe(self):
         """Refuses impossible values; run by `strict` when a configuration is made and when it is saved."""
         if self.num_experts < 2:
@@ -116,6 +161,8 @@ class MoeConfigMixin(_Base):
             raise ValueError(
                 f"shared_expert_intermediate_size is {self.shared_expert_intermediate_size}; it can't be negative."
             )
+        if self.expert_rank < 0:
+            raise ValueError(f"expert_rank is {self.expert_rank}; it can't be negative.")
         check_router(self)
         self._validate_moe_layers()
 

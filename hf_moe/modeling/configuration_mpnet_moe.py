@@ -16,6 +16,7 @@ class MPNetMoeConfig(MoeConfigMixin, MPNetConfig):
     attribute_map = {"num_local_experts": "num_experts"}
 
     modeling_module: ClassVar[str] = "modeling_mpnet_moe"
+    moe_block: ClassVar[str] = "encoder.layer.*.intermediate"
     auto_classes: ClassVar[dict[str, str]] = {
         "AutoModel": "MPNetMoeModel",
         "AutoModelForPreTraining": "MPNetMoeForMaskedLM",

@@ -16,6 +16,7 @@ class OPTMoeConfig(MoeConfigMixin, OPTConfig):
     attribute_map = {"num_local_experts": "num_experts"}
 
     modeling_module: ClassVar[str] = "modeling_opt_moe"
+    moe_block: ClassVar[str] = "decoder.layers.*.mlp"
     auto_classes: ClassVar[dict[str, str]] = {
         "AutoModel": "OPTMoeModel",
         "AutoModelForCausalLM": "OPTMoeForCausalLM",

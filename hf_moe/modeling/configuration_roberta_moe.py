@@ -16,6 +16,7 @@ class RobertaMoeConfig(MoeConfigMixin, RobertaConfig):
     attribute_map = {"num_local_experts": "num_experts"}
 
     modeling_module: ClassVar[str] = "modeling_roberta_moe"
+    moe_block: ClassVar[str] = "encoder.layer.*.mlp"
     auto_classes: ClassVar[dict[str, str]] = {
         "AutoModel": "RobertaMoeModel",
         "AutoModelForPreTraining": "RobertaMoeForMaskedLM",

@@ -16,6 +16,7 @@ class Wav2Vec2MoeConfig(MoeConfigMixin, Wav2Vec2Config):
     attribute_map = {"num_local_experts": "num_experts"}
 
     modeling_module: ClassVar[str] = "modeling_wav2vec2_moe"
+    moe_block: ClassVar[str] = "encoder.layers.*.feed_forward"
     auto_classes: ClassVar[dict[str, str]] = {
         "AutoModel": "Wav2Vec2MoeModel",
         "AutoModelForPreTraining": "Wav2Vec2MoeForPreTraining",

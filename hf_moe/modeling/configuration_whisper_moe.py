@@ -16,6 +16,7 @@ class WhisperMoeConfig(MoeConfigMixin, WhisperConfig):
     attribute_map = {**WhisperConfig.attribute_map, "num_local_experts": "num_experts"}
 
     modeling_module: ClassVar[str] = "modeling_whisper_moe"
+    moe_block: ClassVar[str] = "layers.*.fc1"
     auto_classes: ClassVar[dict[str, str]] = {
         "AutoModel": "WhisperMoeEncoder",
         "AutoModelForAudioClassification": "WhisperMoeForAudioClassification",

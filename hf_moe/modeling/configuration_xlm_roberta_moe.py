@@ -16,6 +16,7 @@ class XLMRobertaMoeConfig(MoeConfigMixin, XLMRobertaConfig):
     attribute_map = {"num_local_experts": "num_experts"}
 
     modeling_module: ClassVar[str] = "modeling_xlm_roberta_moe"
+    moe_block: ClassVar[str] = "encoder.layer.*.mlp"
     auto_classes: ClassVar[dict[str, str]] = {
         "AutoModel": "XLMRobertaMoeModel",
         "AutoModelForPreTraining": "XLMRobertaMoeForMaskedLM",

@@ -10,8 +10,10 @@ A family subclasses its dense classes. A head is two lines:
 import dis
 import functools
 import inspect
+import re
 import types
 from collections.abc import Callable
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -27,7 +29,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs,
 from .moe_balancing import move_selection_bias
 from .moe_experts import MoeExperts
 from .moe_layers import MoeBlock
-from .moe_losses import load_balancing_loss, refuse_nonfinite, router_entropy, router_z_loss
+from .moe_losses import load_balancing_loss, mean_over_processes, refuse_nonfinite, router_entropy, router_z_loss
+from .moe_low_rank import LowRankExperts
 from .moe_routers import TopKRouter
 from .moe_sorted_mm import SORTED_MM
 from .moe_state import RouterState, checkpointed, hand_down, take_back
@@ -277,6 +280,29 @@ class MoePreTrainedModelMixin(_Base):
             SORTED_MM if requested_experts is None else requested_experts
         )
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel") -> None:
+        """Nothing is left to note: the configuration saves every class's name and code with each checkpoint. (Told to
+        do so, Transformers saves what a model's class is at that moment, which under FSDP is torch's.)"""
+
+    def init_parallel_plans(self) -> None:
+        """As Transformers', without the rules for what this model does not have, of which it would warn."""
+        super().init_parallel_plans()
+        held = {
+            re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in chain(self.named_modules(), self.named_parameters())
+        }
+        for plan in (self._tp_plan, self._ep_plan, self._fsdp_plan):
+            for rule in plan.keys() - held:
+                del plan[rule]
+
+    def gather_sharded_state_dict_for_save(self, model_to_save, state_dict, distributed_config, **kwargs) -> dict:
+        """As Transformers', each tied weight once: put together, tied tensors are no longer seen to be one."""
+        gathered = super().gather_sharded_state_dict_for_save(model_to_save, state_dict, distributed_config, **kwargs)
+        if distributed_config is None:
+            return gathered
+        tied = model_to_save.all_tied_weights_keys
+        return {name: tensor for name, tensor in gathered.items() if tied.get(name) not in gathered}
+
     def _initialize_weights(self, module, is_custom_code: bool = False):
         """Every rule of ours uses `transformers.initialization`, so loaded weights are safe; without this, rules on
         modules without parameters of their own (GPT-2's scaled `c_proj`) would not run for remote code."""
@@ -292,10 +318,12 @@ class MoePreTrainedModelMixin(_Base):
                 init.zeros_(module.noise_weight)
             if module.e_score_correction_bias is not None:
                 init.zeros_(module.e_score_correction_bias)
-        elif isinstance(module, MoeExperts):
+        elif isinstance(module, MoeExperts | LowRankExperts):
             for name, parameter in module.named_parameters():
-                if name.endswith("_bias"):
+                if name.endswith(("_bias", "_b")):
                     init.zeros_(parameter)
+                elif name.endswith("_a"):
+                    init.normal_(parameter, mean=0.0, std=parameter.shape[-1] ** -0.5)
                 else:
                     init.normal_(parameter, mean=0.0, std=std)
 
@@ -389,15 +417,15 @@ class MoePreTrainedModelMixin(_Base):
     def _total_loss(self, outputs: dict, inputs: dict, num_items_in_batch) -> torch.Tensor:
         """The task's mean loss, plus the weighted auxiliary losses while training, as a share of the whole batch."""
         loss = outputs["loss"]
-        auxiliary = torch.zeros_like(loss)
+        balance = auxiliary = torch.zeros_like(loss)
         if self.training:
-            auxiliary = auxiliary + self.config.router_aux_loss_coef * outputs["aux_loss"].to(loss.device)
+            balance = self.config.router_aux_loss_coef * outputs["aux_loss"].to(loss.device)
             auxiliary = auxiliary + self.config.router_z_loss_coef * outputs["z_loss"].to(loss.device)
             auxiliary = auxiliary + self.config.router_entropy_coef * outputs["router_entropy"].to(loss.device)
         shifted = inputs.get("shift_labels")
         labels = inputs.get("labels") if shifted is None else shifted
         if num_items_in_batch is None or labels is None:
-            return loss + auxiliary
+            return loss + balance + auxiliary
         if shifted is None and LOSS_MAPPING.get(self.loss_type) is ForCausalLMLoss:
             labels = labels[..., 1:]
         num_labels = labels.ne(-100).sum().to(loss.device)  # as Trainer counts `num_items_in_batch`
@@ -407,4 +435,11 @@ class MoePreTrainedModelMixin(_Base):
         if not self._loss_is_a_sum:
             # a batch whose labels are all ignored has a mean of 0/0: it counts nothing
             loss = torch.where(num_labels > 0, loss, 0.0) * share
-        return loss + auxiliary * share
+        return loss + balance * self.balance_share(share) + auxiliary * share
+
+    def balance_share(self, share: torch.Tensor) -> torch.Tensor:
+        """What the load-balancing loss counts in a step of which this batch has `share` of the labels: over all
+        processes it is their mean, so none of them may count more than another for having more labels."""
+        if self.training and self.config.router_aux_loss_scope == "global_batch":
+            return mean_over_processes(share)
+        return share

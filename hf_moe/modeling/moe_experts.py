@@ -15,7 +15,7 @@ from transformers.integrations import use_experts_implementation
 from .moe_sorted_mm import SORTED_MM, runs_sorted, sorted_mm_experts_forward
 
 
-def _activation(name: str, dropout: float) -> nn.Module:
+def activation(name: str, dropout: float) -> nn.Module:
     """Dropout of an activation; in gated networks of `act(gate) * up`, which comes to the same."""
     return nn.Sequential(ACT2FN[name], nn.Dropout(dropout)) if dropout else ACT2FN[name]
 
@@ -78,7 +78,7 @@ class MoeExperts(_DispatchedExperts):
         self.num_experts = config.num_experts
         self.hidden_dim = config.hidden_size
         self.intermediate_dim = config.moe_intermediate_size
-        self.act_fn = _activation(hidden_act, activation_dropout)
+        self.act_fn = activation(hidden_act, activation_dropout)
 
         E, D, F = self.num_experts, self.hidden_dim, self.intermediate_dim
         up_name, up_width = ("gate_up_proj", 2 * F) if gated else ("up_proj", F)
@@ -100,8 +100,9 @@ class MoeExperts(_DispatchedExperts):
         return super().forward(hidden_states, top_k_index, top_k_weights)
 
     def _grouped_mm_fits(self, dtype: torch.dtype) -> bool:
-        """The kernel has no float64, and wants every row to start on a 16-byte boundary."""
-        row_bytes = (self.hidden_dim * dtype.itemsize, self.intermediate_dim * dtype.itemsize)
+        """The kernel has no float64, and wants every row to start on a 16-byte boundary. (Widths are read off the
+        tensors: under tensor parallelism a process has some of the neurons.)"""
+        row_bytes = [width * dtype.itemsize for width in self.down_proj.shape[1:]]
         return dtype != torch.float64 and all(size % 16 == 0 for size in row_bytes)
 
 
@@ -114,7 +115,7 @@ class SharedExpert(nn.Module):
         self.gate_proj = nn.Linear(D, F, bias=bias) if gated else None
         self.up_proj = nn.Linear(D, F, bias=bias)
         self.down_proj = nn.Linear(F, D, bias=bias)
-        self.act_fn = _activation(hidden_act, activation_dropout)
+        self.act_fn = activation(hidden_act, activation_dropout)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """(T, D) -> (T, D)."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .moe_experts import MoeExperts, SharedExpert
+from .moe_low_rank import LowRankExperts
 from .moe_routers import TopKRouter
 
 
@@ -39,14 +40,16 @@ class MoeBlock(nn.Module):
     ):
         super().__init__()
         self.gate = TopKRouter(config)
+        self.num_experts = config.num_experts  # of all processes
+        self.leaves_slots_empty = self.gate.kind.leaves_slots_empty
         network: dict[str, Any] = {
             "hidden_act": hidden_act,
             "gated": gated,
             "bias": bias,
             "activation_dropout": activation_dropout,
         }
-        self.experts = MoeExperts(config, **network)
-        if self.gate.kind.leaves_slots_empty:
+        self.experts = (LowRankExperts if config.expert_rank else MoeExperts)(config, **network)
+        if self.leaves_slots_empty:
             # Transformers' implementations skip indices past the last expert only where they are told of such slots,
             # which its own models have under expert parallelism alone.
             self.experts._is_expert_parallel = True  # type: ignore[assignment]
@@ -57,6 +60,9 @@ class MoeBlock(nn.Module):
         """(B, S, D) -> (B, S, D)."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, gates_TK, index_TK = self.gate(x_TD)
+        if self.leaves_slots_empty and self.experts.num_experts < self.num_experts:
+            # Expert parallelism sends every slot to some expert; an empty one's gate is 0.
+            index_TK = index_TK.clamp(max=self.num_experts - 1)
         y_TD = self.experts(x_TD, index_TK, gates_TK)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)

@@ -73,6 +73,18 @@ class RoutingMonitor(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(figures)  # Trainer has put its copy there already
 
+    def state_dict(self) -> dict[str, Any]:
+        """What this process has counted since the last log, and whether it has warned; JSON-able."""
+        counts = {str(layer): held.tolist() for layer, held in self.counts.items()}
+        streak = {str(layer): count for layer, count in self.streak.items()}
+        return {"warned": self.warned, "streak": streak, "counts": counts}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """After training has begun, so that a resumed run goes on counting."""
+        self.warned = state["warned"]
+        self.streak = {int(layer): count for layer, count in state["streak"].items()}
+        self.counts = {int(layer): torch.tensor(held, device=device) for layer, held in state["counts"].items()}
+
     def _see(self, layer, experts, x_TD, index_TK, gates_TK, kept_T) -> None:
         if not self.model.training:
             return
@@ -120,9 +132,21 @@ class RoutingMonitor(TrainerCallback):
         layers = [layer for layer, count in self.streak.items() if count >= self.window]
         if layers and not self.warned:
             self.warned = True
+            if (
+                torch.distributed.is_available()
+                and torch.distributed.is_initialized()
+                and torch.distributed.get_rank()
+            ):
+                return  # one process tells
             worst = min(layers, key=lambda layer: entropies.get(layer, 1.0))
             logger.warning(
                 f"Routing has collapsed in layer {worst}: {dead.get(worst, 0)} of {self.experts[worst]} experts are "
                 f"dead, normalised entropy {entropies.get(worst, 1.0):.2f}"
                 f"{f' (and in layers {layers})' if layers[1:] else ''}. {WHAT_TO_TRY}"
             )
+
+
+def _is_another() -> bool:
+    """Whether this process is not the first of several."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0
