@@ -59,11 +59,5 @@ def expand_experts(
         {},
         lambda folder: write_config(config, job.checkpoint, config.model_type, folder),
         job.model_class,
-        {
-            "expert_rank": mixture.rank,
-            "bytes": {
-                "before": sum(info.nbytes for info in mixture.checkpoint.tensors.values()),
-                "after": sum(tensor.nbytes for tensor in tensors),
-            },
-        },
+        {"expert_rank": mixture.rank, "bytes": sum(tensor.nbytes for tensor in tensors)},
     )

@@ -47,7 +47,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs,
 from .moe_balancing import move_selection_bias
 from .moe_experts import SORTED_MM, MoeExperts
 from .moe_layers import MoeBlock
-from .moe_losses import load_balancing_loss, refuse_nonfinite, router_entropy, router_z_loss
+from .moe_losses import load_balancing_loss, mean_over_processes, refuse_nonfinite, router_entropy, router_z_loss
 from .moe_low_rank import LowRankExperts
 from .moe_routers import TopKRouter
 from .moe_state import RouterState, checkpointed, hand_down, take_back
@@ -434,15 +434,15 @@ class MoePreTrainedModelMixin(_Base):
     def _total_loss(self, outputs: dict, inputs: dict, num_items_in_batch) -> torch.Tensor:
         """The task's mean loss, plus the weighted auxiliary losses while training, as a share of the whole batch."""
         loss = outputs["loss"]
-        auxiliary = torch.zeros_like(loss)
+        balance = auxiliary = torch.zeros_like(loss)
         if self.training:
-            auxiliary = auxiliary + self.config.router_aux_loss_coef * outputs["aux_loss"].to(loss.device)
+            balance = self.config.router_aux_loss_coef * outputs["aux_loss"].to(loss.device)
             auxiliary = auxiliary + self.config.router_z_loss_coef * outputs["z_loss"].to(loss.device)
             auxiliary = auxiliary + self.config.router_entropy_coef * outputs["router_entropy"].to(loss.device)
         shifted = inputs.get("shift_labels")
         labels = inputs.get("labels") if shifted is None else shifted
         if num_items_in_batch is None or labels is None:
-            return loss + auxiliary
+            return loss + balance + auxiliary
         if shifted is None and LOSS_MAPPING.get(self.loss_type) is ForCausalLMLoss:
             labels = labels[..., 1:]
         num_labels = labels.ne(-100).sum().to(loss.device)  # as Trainer counts `num_items_in_batch`
@@ -452,7 +452,14 @@ class MoePreTrainedModelMixin(_Base):
         if not self._loss_is_a_sum:
             # a batch whose labels are all ignored has a mean of 0/0: it counts nothing
             loss = torch.where(num_labels > 0, loss, 0.0) * share
-        return loss + auxiliary * share
+        return loss + balance * self.balance_share(share) + auxiliary * share
+
+    def balance_share(self, share: torch.Tensor) -> torch.Tensor:
+        """What the load-balancing loss counts in a step of which this batch has `share` of the labels: over all
+        processes it is their mean, so none of them may count more than another for having more labels."""
+        if self.training and self.config.router_aux_loss_scope == "global_batch":
+            return mean_over_processes(share)
+        return share
 
 
 @dataclass

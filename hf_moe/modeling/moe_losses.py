@@ -54,6 +54,15 @@ def load_balancing_loss(
     return ((load_LE / tokens) * (probs_LE / tokens * processes)).sum(dim=1).mean() * E
 
 
+def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
+    """The mean of a number that needs no gradient, over all processes, each of which must call this."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return value
+    total = value.detach().clone()
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()
+
+
 def router_z_loss(router_logits: tuple[torch.Tensor, ...], token_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Mean squared log-partition of the router (ST-MoE, arXiv 2202.08906, eq. 5), averaged over tokens, then layers.
 

@@ -132,9 +132,21 @@ class RoutingMonitor(TrainerCallback):
         layers = [layer for layer, count in self.streak.items() if count >= self.window]
         if layers and not self.warned:
             self.warned = True
+            if (
+                torch.distributed.is_available()
+                and torch.distributed.is_initialized()
+                and torch.distributed.get_rank()
+            ):
+                return  # one process tells
             worst = min(layers, key=lambda layer: entropies.get(layer, 1.0))
             logger.warning(
                 f"Routing has collapsed in layer {worst}: {dead.get(worst, 0)} of {self.experts[worst]} experts are "
                 f"dead, normalised entropy {entropies.get(worst, 1.0):.2f}"
                 f"{f' (and in layers {layers})' if layers[1:] else ''}. {WHAT_TO_TRY}"
             )
+
+
+def _is_another() -> bool:
+    """Whether this process is not the first of several."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0

@@ -50,13 +50,14 @@ def early_stopping(settings: MethodSettings, args: Any) -> list[TrainerCallback]
 
 
 def check_metric(trainer: MoeTrainer, data: PreparedData) -> None:
-    """Looks for `metric_for_best_model` among what evaluation gives, by evaluating a few rows.
+    """Looks for `metric_for_best_model` among what evaluation gives, by evaluating a few rows. (Not where the model is
+    sharded: what evaluates before training can't be sharded again.)
 
     Raises:
         UsageError: where it is not there, naming those that are.
     """
     wanted = trainer.args.metric_for_best_model
-    if wanted is None or data.validation is None:
+    if wanted is None or data.validation is None or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
     few, metrics = first_rows(data, PROBE), trainer.compute_metrics
     trainer.compute_metrics = metrics_for(data.task, few)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PARTS = ("attention", "experts", "router")
-NO_MODULE = "dummy-target-modules"  # PEFT's word for an adapter that only trains `modules_to_save`
 
 
 def peft_config(
@@ -37,15 +36,15 @@ def peft_config(
     - "attention": LoRA on every projection of the attention, whatever the family calls it.
     - "experts": on every weight of the experts. PEFT gives each expert a pair of matrices of its own, of rank `r`
       each, though they lie in one parameter: this *is* one LoRA an expert. Shared experts are among them. Biases stay.
-    - "router": routers are trained whole and saved with the adapter. E rows of D numbers are fewer than a LoRA's
-      r·(E + D) from r = E on, and their gradient is not squeezed through a matrix that starts at 0.
+    - "router": LoRA on the routers' rows. (Saved whole beside an adapter, `modules_to_save`, they would be about as
+      many numbers, but PEFT's `unload` would leave them as trained.)
     - any of these, joined by "+".
 
     Args:
         model: what is to be adapted; without an adapter yet.
         r: rank of each pair of matrices.
         lora_alpha: what is added counts by lora_alpha / r; by default 2·r.
-        lora_dropout: on the adapters' inputs; PEFT has none for experts.
+        lora_dropout: on the adapters' inputs; PEFT has none for experts and routers.
         train_head: whether a head with classes, no vocabulary, is trained whole and saved along.
         options: further arguments of `LoraConfig`.
 
@@ -56,18 +55,18 @@ def peft_config(
     parts = preset.split("+")
     if not set(parts) <= set(PARTS):
         raise UsageError(f"peft {preset!r}: join any of {', '.join(PARTS)} by '+', such as 'attention+experts'.")
-    if lora_dropout and "experts" in parts:
-        raise UsageError(f"peft {preset!r}: PEFT has no lora_dropout for experts, which lie in one parameter.")
+    if lora_dropout and parts != ["attention"]:
+        raise UsageError(f"peft {preset!r}: PEFT has no lora_dropout for experts and routers, only for attention.")
     modules: set[str] = set()
     parameters: set[str] = set()
-    saved: set[str] = set(_heads(model) if train_head else [])
+    heads = _heads(model) if train_head else []
     if "attention" in parts:
         modules |= set(_attention(model))
     if "experts" in parts:
         parameters |= set(_expert_weights(model))
         modules |= set(_shared_experts(model))
     if "router" in parts:
-        saved |= set(_routers(model))
+        parameters |= set(_router_weights(model))
     if parameters:  # PEFT can't have both: what it must be told of a Conv1D, it refuses for parameters
         conv1ds = {name for name in modules if _is_conv1d(model, name)}
         parameters |= {f"{name}.weight" for name in conv1ds}
@@ -76,9 +75,9 @@ def peft_config(
         "r": r,
         "lora_alpha": 2 * r if lora_alpha is None else lora_alpha,
         "lora_dropout": lora_dropout,
-        "target_modules": sorted(modules) if modules or parameters else NO_MODULE,
+        "target_modules": sorted(modules),
         "target_parameters": sorted(parameters) or None,
-        "modules_to_save": sorted(saved) or None,
+        "modules_to_save": heads or None,
         "fan_in_fan_out": any(_is_conv1d(model, name) for name in modules),
     }
     return lora_config(**{**values, **options})
@@ -152,10 +151,11 @@ def _shared_experts(model: nn.Module) -> Iterator[str]:
             yield _in_layer(name)
 
 
-def _routers(model: nn.Module) -> Iterator[str]:
+def _router_weights(model: nn.Module) -> Iterator[str]:
     for name in experts_of(model).values():
         block = name.rpartition(".")[0]
-        yield from (f"{_in_layer(block)}.{word}" for word in ROUTERS if hasattr(model.get_submodule(block), word))
+        held = (word for word in ROUTERS if hasattr(model.get_submodule(block), word))
+        yield from (f"{_in_layer(block)}.{word}.weight" for word in held)
 
 
 def _heads(model: PreTrainedModel) -> list[str]:

@@ -61,8 +61,11 @@ DECIDED = {
     "remove_unused_columns": "the data holds only what the model takes",
     "ignore_data_skip": "a resumed run must see the same rows",
     "restore_callback_states_from_checkpoint": "their states are always restored",
-    "push_to_hub": "publishing is no part of training",
     "local_rank": "the launcher says it",
+    **dict.fromkeys(
+        [name for name in TrainingArguments.__dataclass_fields__ if name.startswith(("hub_", "push_to_hub"))],
+        "publishing is no part of training",
+    ),
 }
 
 REQUIRED = {

@@ -240,9 +240,15 @@ def _trainer(
 
 def _run(trainer: MoeTrainer, loaded: Loaded, checkpoint: Path | None) -> dict[str, float]:
     """Trains, measures, and saves the model."""
-    metrics = dict(trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics)
+    try:
+        done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except KeyError as error:  # a metric that was not looked for before
+        if "metric_for_best_model" not in str(error):
+            raise
+        raise UsageError(" ".join(str(error.args[0]).split())) from error
+    metrics = dict(done.metrics)
     if loaded.data.validation is not None:
-        metrics |= trainer.evaluate()
+        metrics |= _evaluated(trainer) or trainer.evaluate()
     if loaded.data.test is not None:
         trainer.compute_metrics = metrics_for(loaded.data.task, loaded.data, split="test")
         metrics |= trainer.predict(loaded.data.test).metrics or {}
@@ -250,6 +256,16 @@ def _run(trainer: MoeTrainer, loaded: Loaded, checkpoint: Path | None) -> dict[s
         loaded.model.config.use_cache = loaded.use_cache  # Trainer turned it off, which generation would notice
     trainer.save_model()
     return metrics
+
+
+def _evaluated(trainer: MoeTrainer) -> dict[str, float]:
+    """The last evaluation, if it was of the weights that are there now."""
+    found = [row for row in trainer.state.log_history if row["step"] == trainer.state.global_step]
+    if trainer.args.load_best_model_at_end:
+        return {}
+    return next(
+        ({name: row[name] for name in row if name.startswith("eval_")} for row in found if "eval_loss" in row), {}
+    )
 
 
 def _finish(files: Path, recipe: TrainRecipe, report: dict[str, Any]) -> None:

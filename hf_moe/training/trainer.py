@@ -79,7 +79,7 @@ class MoeTrainer(Trainer):
         self.reads_num_items: bool | None = True if self.is_ours else None
         self.router_rate: float | None = None
 
-    def _base_model(self) -> nn.Module:
+    def _base_model(self) -> Any:
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -144,15 +144,21 @@ class MoeTrainer(Trainer):
         terms = losses.router_terms(outputs)
         if not terms:
             return loss
+        parts = {name: self._scaled(value, self._share_of(name, share)) for name, value in terms.items()}
         if "loss" not in outputs or self.contrastive_scale is not None:
-            loss = loss + self._scaled(losses.weighted(terms, self.model.config), share)
+            loss = loss + losses.weighted(parts, self.model.config)
         elif not self.is_ours and share is not None and self.reads_num_items:
             # the head divided the task's loss by the step's labels, but not this (transformers #48690)
-            extra = losses.weighted(terms, self.model.config)
-            loss = loss + self._scaled(extra, share) - self._scaled(extra, torch.ones_like(share))
-        weight = 1 / self.current_gradient_accumulation_steps if share is None else self._scaled(1.0, share)
-        self.figures.add(terms, weight)
+            whole = self._scaled(losses.weighted(terms, self.model.config), torch.ones_like(share))
+            loss = loss + losses.weighted(parts, self.model.config) - whole
+        self.figures.add(parts, 1 / self.current_gradient_accumulation_steps if share is None else 1.0)
         return loss
+
+    def _share_of(self, name: str, share: torch.Tensor | None) -> torch.Tensor | None:
+        """The share that one of the routers' losses has, as our heads weigh it."""
+        if name != "aux_loss" or share is None or not self.is_ours:
+            return share
+        return self._base_model().balance_share(share)
 
     def _scaled(self, loss: Any, share: torch.Tensor | None) -> Any:
         """A mean over a micro-batch as its share of a step's loss, as Trainer scales it; where it has no share,
@@ -171,8 +177,7 @@ class MoeTrainer(Trainer):
         )
         made = {"loss": loss, "embeddings": torch.stack(list(sides.values()), dim=1)}
         if state is not None:
-            base: Any = self._base_model()
-            made |= base._router_losses(state)
+            made |= self._base_model()._router_losses(state)
         elif (aux := getattr(outputs, "aux_loss", None)) is not None:
             made["aux_loss"] = aux
         return loss, made

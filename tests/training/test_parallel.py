@@ -34,6 +34,7 @@ LAYOUTS = {
 RUNS = [
     ("biased", "bert", "fsdp", {}),
     ("biased", "bert", "fsdp and experts", {}),
+    ("other labels", "bert", "fsdp", {"router_z_loss_coef": 0.0}),
     ("tied", "gpt2", "fsdp and experts", {}),
     ("gated", "llama", "fsdp", {}),
     ("gated", "llama", "fsdp and experts", {}),
@@ -51,11 +52,15 @@ def folder_of(root, run):
     return root / f"{run[1]}-{run[0].replace(' ', '-')}"
 
 
-def inputs(starved=False):
+def inputs(what=""):
+    """A batch of which each process takes two rows; "other labels" are not as many in both."""
     ids = torch.randint(5, 60, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
-    if starved:
+    if what == "starved":
         ids = torch.full_like(ids, 7)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    labels = ids.clone()
+    if what == "other labels":
+        labels[:2, 3:] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 def step(model, batch, total, world):
@@ -73,7 +78,7 @@ def half(rank, batch):
 
 def total_of(family, batch):
     labels = batch["labels"] if family == "bert" else batch["labels"][:, 1:]
-    return labels.numel()
+    return int(labels.ne(-100).sum())
 
 
 def run_all(rank, root):
@@ -84,7 +89,7 @@ def run_one(rank, root, run):
     what, family, layout, _ = run
     model_class = getattr(hf_moe, lm_class(family))
     model = model_class.from_pretrained(folder_of(root, run), distributed_config=DistributedConfig(**LAYOUTS[layout]))
-    batch = inputs(what == "starved")
+    batch = inputs(what)
     sharing = "fsdp" in layout  # under tensor parallelism all processes have the whole batch
     loss, grads = step(model, half(rank, batch) if sharing else batch, total_of(family, batch), 2 if sharing else 1)
     if sharing:
@@ -112,7 +117,7 @@ def folders(tmp_path_factory):
     for run in RUNS:
         what, family, _, config = run
         if not folder_of(root, run).exists():
-            model = tiny_moe(family, **STILL[family], **LOSSES, **config)
+            model = tiny_moe(family, **{**STILL[family], **LOSSES, **config})
             if what == "starved":  # every token to the same experts
                 with torch.no_grad():
                     for module in model.modules():
@@ -133,7 +138,7 @@ def results(folders):
 def test_loss_and_all_gradients_are_those_of_one_process(run, folders, results):
     what, family, _, _ = run
     model = getattr(hf_moe, lm_class(family)).from_pretrained(folder_of(folders, run))
-    batch = inputs(what == "starved")
+    batch = inputs(what)
     loss, grads = step(model, batch, total_of(family, batch), 1)
     assert max(float(g.abs().max()) for g in grads.values() if g is not None) > 1e-3
     for found in results[IDS[RUNS.index(run)]]:

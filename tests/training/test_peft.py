@@ -218,7 +218,7 @@ def test_experts_that_stay_frozen_are_told_of(caplog):
     ("family", "values", "preset", "options", "why"),
     [
         ("bert", {}, "everything", {}, "join any of attention, experts, router by '\\+'"),
-        ("bert", {}, "experts", {"lora_dropout": 0.1}, "no lora_dropout for experts"),
+        ("bert", {}, "attention+router", {"lora_dropout": 0.1}, "no lora_dropout for experts and routers"),
         ("bert", {"expert_rank": 2}, "experts", {}, "low rank already"),
     ],
 )

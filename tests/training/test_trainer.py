@@ -382,7 +382,14 @@ def test_a_collator_draws_by_rows_and_epoch_alone():
     assert not torch.equal(collator(rows)["drawn"], first)
 
 
-def test_evaluating_more_often_changes_nothing(tmp_path):
+def scrambled(rows):
+    """A collator that draws."""
+    held = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    held["input_ids"] = torch.where(torch.rand(held["input_ids"].shape) < 0.5, 6, held["input_ids"])
+    return held
+
+
+def test_workers_and_evaluations_change_nothing(tmp_path):
     rows = rows_for("BertMoeForSequenceClassification", equal=False) * 2
 
     def losses(**values):
@@ -392,11 +399,14 @@ def test_evaluating_more_often_changes_nothing(tmp_path):
             args=arguments(tmp_path, max_steps=6, learning_rate=0.01, **values),
             train_dataset=rows,
             eval_dataset=rows,
+            data_collator=scrambled,
         )
         trainer.train()
         return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
-    assert losses() == losses(eval_strategy="steps", eval_steps=1)
+    alone = losses()
+    assert losses(eval_strategy="steps", eval_steps=1) == alone
+    assert losses(dataloader_num_workers=2) == alone
 
 
 @pytest.mark.parametrize(("how", "moves"), [("none", True), ("all_but_router", False)])
