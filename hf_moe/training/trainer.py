@@ -145,14 +145,25 @@ class MoeTrainer(Trainer):
         if not terms:
             return loss
         if "loss" not in outputs or self.contrastive_scale is not None:
-            loss = loss + self._scaled(losses.weighted(terms, self.model.config), share)
+            for name, value in terms.items():
+                part = losses.weighted({name: value}, self.model.config)
+                loss = loss + self._scaled(part, self._share_of(name, share))
         elif not self.is_ours and share is not None and self.reads_num_items:
             # the head divided the task's loss by the step's labels, but not this (transformers #48690)
             extra = losses.weighted(terms, self.model.config)
             loss = loss + self._scaled(extra, share) - self._scaled(extra, torch.ones_like(share))
-        weight = 1 / self.current_gradient_accumulation_steps if share is None else self._scaled(1.0, share)
-        self.figures.add(terms, weight)
+        for name, value in terms.items():
+            of_step = self._share_of(name, share)
+            weight = 1 / self.current_gradient_accumulation_steps if of_step is None else self._scaled(1.0, of_step)
+            self.figures.add({name: value}, weight)
         return loss
+
+    def _share_of(self, name: str, share: torch.Tensor | None) -> torch.Tensor | None:
+        """What a router's loss counts in the step of which the micro-batch has `share` of the labels."""
+        if share is None or name != "aux_loss" or not self.is_ours:
+            return share
+        base: Any = self._base_model()
+        return base.balance_share(share)
 
     def _scaled(self, loss: Any, share: torch.Tensor | None) -> Any:
         """A mean over a micro-batch as its share of a step's loss, as Trainer scales it; where it has no share,
