@@ -75,11 +75,12 @@ def first_rows(data: PreparedData, number: int) -> PreparedData:
     """The data with no more than `number` rows for validation, and what is made of them."""
     raw = data.raw["validation"].select(range(min(number, len(data.raw["validation"]))))
     details, rows = data.details.get("validation"), data.split("validation")
-    if details is None:
-        kept = list(range(min(number, len(rows))))
-    else:
+    if hasattr(details, "select"):  # windows on the examples
         kept = [place for place, example in enumerate(details["example"]) if example < len(raw)]
         details = details.select(kept)
+    else:
+        kept = list(range(min(number, len(rows))))
+        details = None if details is None else [details[place] for place in kept]
     return replace(
         data,
         validation=rows.select(kept),

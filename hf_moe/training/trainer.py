@@ -23,7 +23,7 @@ from .collate import SeededCollator
 from .compute import Active, count_active, count_tokens
 from .distributed import set_leaf_modules
 from .figures import Figures
-from .freezing import kind_of
+from .freezing import GradualUnfreezing, kind_of
 from .nonfinite import first_bad_output, first_bad_tensor
 from .optimizer import ROUTERS, give_routers_a_rate, without_decay
 
@@ -110,6 +110,9 @@ class MoeTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None):
         fresh = self.optimizer is None
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, GradualUnfreezing):
+                callback.let_all_train()  # until training begins
         optimizer = super().create_optimizer(model)
         if fresh and self.router_learning_rate is not None:
             give_routers_a_rate(optimizer, self.model if model is None else model, self.router_learning_rate)
@@ -214,6 +217,12 @@ class MoeTrainer(Trainer):
         self.run_state.begin(Path(resume_from_checkpoint) if resume_from_checkpoint else None)
         return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.run_state.is_over():
+            self.control.should_training_stop = True  # Trainer would do a step before it looks
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -291,6 +300,7 @@ class MoeTrainer(Trainer):
                 logs["router_learning_rate"] = self.router_rate
         if "train_loss" in logs:
             logs["train_loss"] = self.run_state.mean_loss()
+            logs["tokens_seen"] = self.figures.read(self.accelerator, 1)["tokens_seen"]  # after the last log, too
         super().log(logs, start_time)
 
     def _get_learning_rate(self):

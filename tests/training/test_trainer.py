@@ -1,6 +1,7 @@
 """MoeTrainer: the loss is what it says, however a step is split; what stops it names the place."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -237,6 +238,32 @@ def test_routers_have_a_rate_of_their_own(tmp_path):
         torch.testing.assert_close(value, factor * plain[name], rtol=1e-3, atol=1e-6, msg=name)
     assert trainer.state.log_history[0]["learning_rate"] == 1.0
     assert trainer.state.log_history[0]["router_learning_rate"] == 0.25
+
+
+def test_what_waits_does_not_move_until_it_trains(tmp_path):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+
+    model = tiny_moe("bert", "BertMoeForSequenceClassification")
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    callbacks = [*freeze(model, "gradual:1"), Look()]
+    rows = rows_for("BertMoeForSequenceClassification", equal=False)
+    values = {"max_steps": 5, "learning_rate": 0.01, "optim": "adamw_torch", "weight_decay": 0.1}
+    trained(model, rows, tmp_path, callbacks=callbacks, **values)
+    states = [start, *seen]
+    for name, first in [
+        ("classifier.weight", 0),
+        ("bert.pooler.dense.weight", 0),
+        ("bert.encoder.layer.2.mlp.experts.up_proj", 0),
+        ("bert.encoder.layer.1.output.dense.weight", 1),
+        ("bert.encoder.layer.0.attention.self.value.weight", 2),
+        ("bert.embeddings.word_embeddings.weight", 3),
+    ]:
+        moved = [not torch.equal(before[name], after[name]) for before, after in pairwise(states)]
+        assert moved == [step >= first for step in range(5)], name
 
 
 def test_the_schedule_scales_both_rates(tmp_path):
