@@ -60,6 +60,9 @@ def report_of(
             if state.best_metric is not None
             else None,
             "metrics": metrics,
+            "loads": None
+            if trainer.monitor is None
+            else {str(key): row for key, row in trainer.monitor.loads.items()},
             "versions": versions(),
             "history": state.log_history,
         }
