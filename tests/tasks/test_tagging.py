@@ -134,6 +134,22 @@ def test_conll_as_it_is_found(tmp_path):
     assert read_conll(file) == [[("New York", "B-LOC"), ("#", "O")]]
 
 
+WORD = st.text(st.characters(exclude_categories=["Z", "C"]), min_size=1, max_size=5)
+
+
+@given(
+    st.lists(st.lists(st.tuples(WORD, st.sampled_from(["O", "B-A", "I-A"])), min_size=1, max_size=4), max_size=4),
+    st.sampled_from([" ", "\t", "  ", " NN "]),
+    st.sampled_from(["\n", "\r\n"]),
+)
+@settings(deadline=None, max_examples=60)
+def test_conll_is_read_as_it_was_written(tmp_path_factory, sentences, between, end):
+    file = tmp_path_factory.mktemp("conll") / "a.conll"
+    text = (end * 2).join(end.join(f"{word}{between}{tag}" for word, tag in row) for row in sentences)
+    file.write_bytes((text + end).encode())
+    assert read_conll(file) == [row for row in sentences if row]
+
+
 REFUSED = {
     "a line without a tag": ({"a_conll": "the O\ncat\n"}, {}, r"a\.conll: line 2 should hold 2 columns as before"),
     "one column": ({"a_conll": "the\n"}, {}, r"a\.conll: line 1 should hold a word and its tag"),
