@@ -112,8 +112,7 @@ class MoeConfigMixin(_Base):
         """The layers that are mixtures, in order."""
         return list(range(self.num_hidden_layers)) if self.moe_layers is None else sorted(self.moe_layers)
 
-    @property
-    def base_model_ep_plan(self) -> dict[str, str]:
+    def _ep_rules(self) -> dict[str, str]:
         """Expert parallelism: each process holds some of the experts, whole, and tokens travel to them. There is none
         of experts of low rank, whose network is that of all.
 
@@ -124,8 +123,7 @@ class MoeConfigMixin(_Base):
         experts = f"{self.moe_block}.experts"
         return {**{f"{experts}.{name}": "grouped_gemm" for name in EXPERT_TENSORS}, experts: "ep_dispatch_experts"}
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str] | None:
+    def _tp_rules(self) -> dict[str, str] | None:
         """Tensor parallelism: the dense family's, where it has one, and the experts' neurons dealt out as well where
         experts have no biases (one after the cut would be added once a process). Elsewhere experts stay whole."""
         dense = super().base_model_tp_plan
@@ -140,11 +138,15 @@ class MoeConfigMixin(_Base):
             plan[experts] = "moe_tp_experts"
         return plan
 
-    @property
-    def base_model_fsdp_plan(self) -> dict[str, str]:
+    def _fsdp_rules(self) -> dict[str, str]:
         """Fully sharded data parallelism: weights are gathered layer by layer."""
         layer = self.moe_block[: self.moe_block.index("*") + 1]
         return {**super().base_model_fsdp_plan, layer: "free_full_weight"}
+
+    # Transformers' names; plain attributes there, so that a family's own would be in the way of properties.
+    base_model_ep_plan: ClassVar[Any] = property(_ep_rules)
+    base_model_tp_plan: ClassVar[Any] = property(_tp_rules)
+    base_model_fsdp_plan: ClassVar[Any] = property(_fsdp_rules)
 
     def validate_moe(self):
         """Refuses impossible values; run by `strict` when a configuration is made and when it is saved."""

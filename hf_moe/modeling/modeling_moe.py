@@ -305,12 +305,10 @@ class MoePreTrainedModelMixin(_Base):
     def init_parallel_plans(self) -> None:
         """As Transformers', without the rules for what this model does not have, of which it would warn."""
         super().init_parallel_plans()
-        held = {
-            re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in chain(self.named_modules(), self.named_parameters())
-        }
-        for plan in (self._tp_plan, self._ep_plan, self._fsdp_plan):
-            for rule in plan.keys() - held:
-                del plan[rule]
+        named: Any = chain(self.named_modules(), self.named_parameters())
+        held = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in named}
+        for name in ("_tp_plan", "_ep_plan", "_fsdp_plan"):
+            setattr(self, name, {rule: style for rule, style in getattr(self, name).items() if rule in held})
 
     def gather_sharded_state_dict_for_save(self, model_to_save, state_dict, distributed_config, **kwargs) -> dict:
         """As Transformers', each tied weight once: put together, tied tensors are no longer seen to be one."""

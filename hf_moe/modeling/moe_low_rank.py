@@ -46,7 +46,7 @@ class LowRankExperts(nn.Module):
         own_TKE = top_k_index[..., None] == torch.arange(self.num_experts, device=top_k_index.device)
         gates_TKE = top_k_weights[..., None] * own_TKE
 
-        h_TKF = self._shared(hidden_states, self.up_name)[:, None]
+        h_TKF = self._shared(hidden_states, self.up_name, biased=True)[:, None]
         z_TER = self._into_rank(hidden_states, self.up_name)
         h_TKF = h_TKF + self._out_of_rank(z_TER[:, None] * own_TKE[..., None].to(z_TER.dtype), self.up_name)
         if self.has_gate:
@@ -59,13 +59,14 @@ class LowRankExperts(nn.Module):
         h_TF = (h_TKF * gates_TKE.sum(-1, keepdim=True)).sum(1).to(h_TKF.dtype)
         z_TKER = self._into_rank(h_TKF, "down_proj")
         z_TER = (z_TKER * gates_TKE[..., None]).sum(1).to(z_TKER.dtype)
-        y_TD = functional.linear(h_TF, self.down_proj[0]) + self._out_of_rank(z_TER, "down_proj")
-        if self.down_proj_bias is not None:
-            y_TD = y_TD + self.down_proj_bias * gates_TKE.sum((1, 2))[:, None]
+        y_TD = self._shared(h_TF, "down_proj", biased=False) + self._out_of_rank(z_TER, "down_proj")
+        bias_1D: Any = self.down_proj_bias
+        if bias_1D is not None:
+            y_TD = y_TD + bias_1D * gates_TKE.sum((1, 2))[:, None]
         return y_TD.to(hidden_states.dtype)
 
-    def _shared(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        bias: Any = getattr(self, f"{name}_bias")
+    def _shared(self, x: torch.Tensor, name: str, *, biased: bool) -> torch.Tensor:
+        bias: Any = getattr(self, f"{name}_bias") if biased else None
         return functional.linear(x, getattr(self, name)[0], None if bias is None else bias[0])
 
     def _into_rank(self, x: torch.Tensor, name: str) -> torch.Tensor:

