@@ -35,11 +35,17 @@ class RoutingMonitor(TrainerCallback):
         collapsed_entropy: a layer below this normalised entropy has collapsed; so has one of whose experts more than
             half of those that could be dead are.
         window: for so many logs in a row, before the warning, which comes once.
+        per_expert: whether reporters are told `load/layer_L/expert_E` too, the share of a layer's assignments that
+            each expert got (`loads` holds the last ones). Trainer's history has no room for them.
     """
 
-    def __init__(self, *, collapsed_entropy: float = COLLAPSED_ENTROPY, window: int = WINDOW):
+    def __init__(
+        self, *, collapsed_entropy: float = COLLAPSED_ENTROPY, window: int = WINDOW, per_expert: bool = False
+    ):
         self.collapsed_entropy = collapsed_entropy
         self.window = window
+        self.per_expert = per_expert
+        self.loads: dict[int, list[float]] = {}  # layer -> share by expert, as of the last log
         self.warned = False
         self.streak: dict[int, int] = {}
         self.counts: dict[int, torch.Tensor] = {}  # layer -> (E + 2,): by expert, empty slots, tokens
@@ -72,6 +78,9 @@ class RoutingMonitor(TrainerCallback):
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)  # Trainer has put its copy there already
+        if self.per_expert:
+            for layer, shares in self.loads.items():
+                logs.update({f"load/layer_{layer}/expert_{expert}": share for expert, share in enumerate(shares)})
 
     def state_dict(self) -> dict[str, Any]:
         """What this process has counted since the last log, and whether it has warned; JSON-able."""
@@ -114,6 +123,7 @@ class RoutingMonitor(TrainerCallback):
         }
         if not rows:
             return {}
+        self.loads = {layer: (row[0] / row[0].sum())[0].tolist() for layer, row in rows.items()}
         entropies = {layer: measures.normalised_entropy(*row).item() for layer, row in rows.items()}
         dead = {layer: int(measures.dead(row[0]).sum()) for layer, row in rows.items()}
         self._alarm(rows, entropies, dead)

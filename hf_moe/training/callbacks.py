@@ -110,7 +110,8 @@ LEFT_OUT = ("epoch", "total_flos", "active_flops", "tokens_seen")
 
 def line_of(state: Any, logs: dict[str, Any]) -> str:
     shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in logs.items()}
-    figures = " ".join(f"{name} {value}" for name, value in shown.items() if name not in LEFT_OUT)
+    told = [name for name in shown if name not in LEFT_OUT and not name.startswith("load/")]
+    figures = " ".join(f"{name} {shown[name]}" for name in told)
     return f"step {state.global_step}/{state.max_steps}: {figures}"
 
 

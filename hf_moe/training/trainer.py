@@ -33,8 +33,8 @@ class MoeTrainer(Trainer):
 
     - Logs `aux_loss`, `z_loss` and `router_entropy` apart, and `task_loss`, what is left of `loss` without them;
       `tokens_per_second`, `tokens_seen` (no padding) and `active_flops` (`compute.FORMULA`); routing by
-      `RoutingMonitor`, before the reporters see the log. `loss` includes the weighted routers' losses while training;
-      in evaluation it is the task's alone, without label smoothing.
+      `RoutingMonitor`, before the reporters see the log, with the load of each expert for them alone. `loss` includes
+      the weighted routers' losses while training; in evaluation it is the task's alone, without label smoothing.
     - Label smoothing keeps the routers' losses.
     - A head that leaves `num_items_in_batch` unread, as dense heads do, has its loss weighted here: a step's gradient
       does not depend on how it is split.
@@ -66,7 +66,7 @@ class MoeTrainer(Trainer):
         self.kept = kept or {}
         base = self._base_model()
         self.is_ours = isinstance(base, MoePreTrainedModelMixin)
-        self.monitor = RoutingMonitor.join(self) if is_mixture(self.model) else None
+        self.monitor = RoutingMonitor.join(self, per_expert=True) if is_mixture(self.model) else None
         if self.monitor is not None:
             set_leaf_modules(self.model, self.accelerator)
         if self._moves_router_bias(base):
