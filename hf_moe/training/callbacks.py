@@ -74,7 +74,8 @@ def check_metric(trainer: MoeTrainer, data: PreparedData) -> None:
 def first_rows(data: PreparedData, number: int) -> PreparedData:
     """The data with no more than `number` rows for validation, and what is made of them."""
     raw = data.raw["validation"].select(range(min(number, len(data.raw["validation"]))))
-    details, rows = data.details.get("validation"), data.split("validation")
+    details: Any = data.details.get("validation")
+    rows = data.split("validation")
     if hasattr(details, "select"):  # windows on the examples
         kept = [place for place, example in enumerate(details["example"]) if example < len(raw)]
         details = details.select(kept)

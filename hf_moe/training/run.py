@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from hf_moe.convert import conversion, plan_upcycle
+from hf_moe.convert.certificate import explain, read_certificate
 from hf_moe.convert.checkpoint import open_checkpoint
 from hf_moe.convert.describe import describe_plan
 from hf_moe.errors import UsageError
@@ -100,6 +101,7 @@ def train(recipe: TrainRecipe, *, overwrite: bool = False, quiet: bool = False) 
         check_metric(trainer, loaded.data)
         metrics = _run(trainer, loaded, checkpoint)
         report = report_of(recipe, trainer, loaded.data, loaded.trains, metrics)
+        report["start"] = on_main(lambda: _certified(files / START))
         on_main(lambda: _finish(files, recipe, report))
     return Trained(recipe.output, recipe, metrics, report)
 
@@ -256,6 +258,12 @@ def _run(trainer: MoeTrainer, loaded: Loaded, checkpoint: Path | None) -> dict[s
         loaded.model.config.use_cache = loaded.use_cache  # Trainer turned it off, which generation would notice
     trainer.save_model()
     return metrics
+
+
+def _certified(start: Path) -> dict[str, Any] | None:
+    """What the certificate of the mixture that training began from says; None where it was there before."""
+    certificate = read_certificate(start)
+    return None if certificate is None else {"passed": certificate["passed"], "summary": explain(certificate)}
 
 
 def _evaluated(trainer: MoeTrainer) -> dict[str, float]:

@@ -92,6 +92,7 @@ def test_from_dense_to_trained_in_one_command(dense_folder, hf_moe_command, tmp_
     assert config["upcycled_from"]["source"] == dense.name
     assert config.get("use_cache", True)
     assert not (tmp_path / "out" / "start").exists()
+    assert json.loads(out)["start"]["passed"]
     assert json.loads(out)["trains"]["by_kind"]["other"]["parameters"] == 0
 
 

@@ -152,7 +152,8 @@ def test_the_logged_losses_are_those_of_a_naive_step(smoothing, tmp_path):
     assert log["loss"] == pytest.approx(float(nll + aux + outputs.z_loss), rel=1e-4)
     assert any(value.abs().max() > 1e-6 for name, value in moved.items() if ".gate." in name)
     evaluated = trainer.evaluate(rows)["eval_loss"]  # the task's alone, unsmoothed
-    outputs = trainer.model.eval()(**inputs)
+    with torch.no_grad():
+        outputs = trainer.model.eval()(**inputs)
     assert evaluated == pytest.approx(float(outputs.loss), rel=1e-4)
 
 
