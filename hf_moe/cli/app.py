@@ -7,6 +7,7 @@ import typer
 
 from hf_moe import convert
 from hf_moe.cli import show
+from hf_moe.cli.cross_validate import cv
 from hf_moe.cli.evaluate import evaluate
 from hf_moe.cli.expand import expand_experts
 from hf_moe.cli.spread import SpreadCommand, named_files
@@ -421,4 +422,8 @@ app.command(
     epilog="Example: hf-moe train recipe.yaml --learning_rate 1e-4 --freeze experts_only",
 )(train)
 app.command(epilog="Example: hf-moe recipes")(recipes)
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: hf-moe cv recipe.yaml --folds 5 --group-col author --output_dir ./cv",
+)(cv)
 app.command(epilog="Example: hf-moe expand-experts ./low-rank ./moe")(expand_experts)

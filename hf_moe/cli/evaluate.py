@@ -1,11 +1,13 @@
 """`hf-moe evaluate`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hf_moe.cli import show
+from hf_moe.cli.train import tell
 from hf_moe.errors import UsageError
 
 Column = typer.Option(help="Its name, where it is not a usual one.", rich_help_panel="Data")
@@ -105,6 +107,7 @@ def evaluate(
         raise UsageError("Name what is measured by --task, such as --task token-classification.")
     if not measured and output is not None:
         raise UsageError("--output is for what is measured on --data; give that, or --json without --output.")
+    tell(bars=sys.stderr.isatty() and not (quiet or json), warnings=not quiet)
     report: dict[str, Any] = {}
     path = None
     with show.Bars(enabled=not (json or quiet)) as progress:

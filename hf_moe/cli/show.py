@@ -110,6 +110,22 @@ def evaluated(report: dict[str, Any], path: Path | None, as_json: bool) -> None:
         OUT.print(f"{path}")
 
 
+def cross_validated(report: dict[str, Any], path: Path, as_json: bool) -> None:
+    """Each figure over the folds."""
+    if as_json:
+        print(json.dumps(report | {"output": str(path)}, indent=2))
+        return
+    columns = ("mean", "sd", *(f"fold {fold['fold']}" for fold in report["folds"]))
+    table = Table("", *(Column(name, justify="right") for name in columns), box=None, pad_edge=False)
+    for name, over in report["summary"].items():
+        cells = [over["mean"], over["sd"], *(fold["metrics"][name] for fold in report["folds"])]
+        table.add_row(name.replace("_", " "), *("–" if cell is None else f"{cell:,.4f}" for cell in cells))
+    OUT.print(table)
+    for note in report["notes"]:
+        OUT.print(f"- {note}")
+    OUT.print(f"{path}")
+
+
 def _metrics_table(models: dict[str, dict[str, float | None]]) -> Table:
     """A row a figure, a column a model: there are more figures than models."""
     table = Table("", *(Column(Text(name), justify="right") for name in models), box=None, pad_edge=False)

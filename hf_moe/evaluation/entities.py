@@ -94,9 +94,10 @@ def measure_tagging(predictions: Any, labels: Any, prepared: Any, split: str) ->
         "ece": expected_calibration_error(bins),
     }
     tables: dict[str, Any] = {"reliability": bins}
+    words = prepared.raw[split][prepared.report["columns"]["text"]]
     records = [
-        {"row": row, "labels": own, "predictions": guess}
-        for row, (own, guess) in enumerate(zip(truth, predicted, strict=True))
+        {"row": row, "words": held if len(held) == len(own) else None, "labels": own, "predictions": guess}
+        for row, (held, own, guess) in enumerate(zip(words, truth, predicted, strict=True))
     ]
     lost = prepared.report["splits"].get(split, {}).get("words_lost", 0)
     notes = [f"{lost} words are not scored: they were cut off, or have no token."] if lost else []

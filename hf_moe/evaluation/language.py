@@ -74,6 +74,8 @@ def measure_language(predictions: Any, labels: Any, prepared: Any, split: str) -
             "predicted."
         ]
 
+    numbers = prepared.details.get(split) or range(len(losses))
+
     def statistic(rows: np.ndarray) -> float:
         return float(losses[rows].sum() / tokens[rows].sum())
 
@@ -81,7 +83,7 @@ def measure_language(predictions: Any, labels: Any, prepared: Any, split: str) -
         metrics=metrics,
         records=[
             {"row": row, "nll": loss, "tokens": int(count)}
-            for row, (loss, count) in enumerate(zip(losses.tolist(), tokens.tolist(), strict=True))
+            for row, loss, count in zip(numbers, losses.tolist(), tokens.tolist(), strict=True)
         ],
         metric="nll",
         greater_is_better=False,

@@ -165,7 +165,7 @@ def _report(done: list[_Model], compared: list[dict[str, Any]], settings: DataSe
         "models": [
             {
                 "name": model.name,
-                "path": model.path,
+                "path": Path(model.path).name if Path(model.path).is_absolute() else model.path,
                 "parameters": model.parameters,
                 "metrics": model.measured.metrics,
                 **model.measured.tables,

@@ -35,11 +35,17 @@ class RoutingMonitor(TrainerCallback):
         collapsed_entropy: a layer below this normalised entropy has collapsed; so has one of whose experts more than
             half of those that could be dead are.
         window: for so many logs in a row, before the warning, which comes once.
+        per_expert: whether reporters are told `load/layer_L/expert_E` too, the share of a layer's assignments that
+            each expert got (`loads` holds the last ones). Trainer's history has no room for them.
     """
 
-    def __init__(self, *, collapsed_entropy: float = COLLAPSED_ENTROPY, window: int = WINDOW):
+    def __init__(
+        self, *, collapsed_entropy: float = COLLAPSED_ENTROPY, window: int = WINDOW, per_expert: bool = False
+    ):
         self.collapsed_entropy = collapsed_entropy
         self.window = window
+        self.per_expert = per_expert
+        self.loads: dict[int, list[float]] = {}  # layer -> share by expert, as of the last log
         self.warned = False
         self.streak: dict[int, int] = {}
         self.counts: dict[int, torch.Tensor] = {}  # layer -> (E + 2,): by expert, empty slots, tokens
@@ -72,6 +78,9 @@ class RoutingMonitor(TrainerCallback):
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)  # Trainer has put its copy there already
+        if self.per_expert:
+            for layer, shares in self.loads.items():
+                logs.update({f"load/layer_{layer}/expert_{expert}": share for expert, share in enumerate(shares)})
 
     def state_dict(self) -> dict[str, Any]:
         """What this process has counted since the last log, and whether it has warned; JSON-able."""
@@ -114,6 +123,7 @@ class RoutingMonitor(TrainerCallback):
         }
         if not rows:
             return {}
+        self.loads = {layer: (row[0] / row[0].sum())[0].tolist() for layer, row in rows.items()}
         entropies = {layer: measures.normalised_entropy(*row).item() for layer, row in rows.items()}
         dead = {layer: int(measures.dead(row[0]).sum()) for layer, row in rows.items()}
         self._alarm(rows, entropies, dead)
@@ -132,9 +142,21 @@ class RoutingMonitor(TrainerCallback):
         layers = [layer for layer, count in self.streak.items() if count >= self.window]
         if layers and not self.warned:
             self.warned = True
+            if (
+                torch.distributed.is_available()
+                and torch.distributed.is_initialized()
+                and torch.distributed.get_rank()
+            ):
+                return  # one process tells
             worst = min(layers, key=lambda layer: entropies.get(layer, 1.0))
             logger.warning(
                 f"Routing has collapsed in layer {worst}: {dead.get(worst, 0)} of {self.experts[worst]} experts are "
                 f"dead, normalised entropy {entropies.get(worst, 1.0):.2f}"
                 f"{f' (and in layers {layers})' if layers[1:] else ''}. {WHAT_TO_TRY}"
             )
+
+
+def _is_another() -> bool:
+    """Whether this process is not the first of several."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0

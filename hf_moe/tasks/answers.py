@@ -7,7 +7,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from hf_moe.errors import UsageError
 
 from .columns import check_texts
-from .context import Context, Encoded, count_tokens
+from .context import Context, Encoded, count_tokens, tokenised
 
 DETAILS = ("example", "offset_mapping")  # which question a window is of; where each token of the context stands
 
@@ -56,17 +56,14 @@ def _encode(context: Context, split: str) -> tuple[Any, dict[str, Any]]:
         check_texts(raw, columns[role], place)
     _check_answers(context, split)
     _check_room(context, split)
-    rows = raw.map(
+    rows = tokenised(
+        raw,
         _windows,
-        batched=True,
-        with_indices=True,
-        remove_columns=raw.column_names,
-        fn_kwargs={
-            "tokenizer": context.tokenizer,
-            "columns": columns,
-            "length": context.max_length,
-            "stride": context.settings.doc_stride,
-        },
+        indices=True,
+        tokenizer=context.tokenizer,
+        columns=columns,
+        length=context.max_length,
+        stride=context.settings.doc_stride,
     )
     return rows, {"rows": len(raw), "examples": len(rows), "tokens": count_tokens(rows), "truncated": 0}
 

@@ -6,10 +6,9 @@ from typing import Any
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from .columns import check_texts
-from .context import TOO_LONG, Context, Encoded, count_cut, count_tokens
+from .context import TOO_LONG, Context, Encoded, count_cut, count_tokens, tokenised
 from .labels import Labels, find_labels
 from .lengths import cut
-from .settings import DataSettings
 
 
 def prepare_classification(context: Context) -> Encoded:
@@ -43,17 +42,14 @@ def _labels(context: Context) -> Labels:
 
 def _encode(context: Context, split: str, labels: Labels) -> tuple[Any, dict[str, Any]]:
     raw, columns = context.raw[split], context.columns
-    rows = raw.map(
+    rows = tokenised(
+        raw,
         _tokens,
-        batched=True,
-        remove_columns=raw.column_names,
-        fn_kwargs={
-            "tokenizer": context.tokenizer,
-            "settings": context.settings,
-            "columns": columns,
-            "length": context.max_length,
-            "read": labels.read,
-        },
+        tokenizer=context.tokenizer,
+        truncation=context.settings.truncation,
+        columns=columns,
+        length=context.max_length,
+        read=labels.read,
     )
     rows, counted = count_cut(rows)
     counted |= {"rows": len(raw), "examples": len(rows), "tokens": count_tokens(rows)}
@@ -64,11 +60,11 @@ def _tokens(
     batch: dict[str, list[Any]],
     *,
     tokenizer: PreTrainedTokenizerBase,
-    settings: DataSettings,
+    truncation: str,
     columns: dict[str, str],
     length: int,
     read: Callable[[Any], Any],
 ) -> dict[str, Any]:
     pairs = batch[columns["text_pair"]] if "text_pair" in columns else None
-    encoded, too_long = cut(tokenizer, length, settings, batch[columns["text"]], pairs)
+    encoded, too_long = cut(tokenizer, length, truncation, batch[columns["text"]], pairs)
     return {**encoded, "labels": [read(cell) for cell in batch[columns["label"]]], TOO_LONG: too_long}

@@ -11,7 +11,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenCl
 from hf_moe.errors import UsageError
 
 from .columns import check_texts
-from .context import TOO_LONG, Context, Encoded, count_cut, count_tokens
+from .context import TOO_LONG, Context, Encoded, count_cut, count_tokens, tokenised
 from .lengths import cut, family_of
 from .packing import IGNORED, check_keeps_apart, collate_packed, pack
 from .settings import DataSettings
@@ -39,7 +39,15 @@ def prepare_language(context: Context) -> Encoded:
         splits={split: rows for split, (rows, _) in made.items()},
         collator=_collator(settings, tokenizer, masked),
         report={split: counted for split, (_, counted) in made.items()},
+        details={split: _numbers_of_texts(context, split) for split in context.raw if not settings.packing},
     )
+
+
+def _numbers_of_texts(context: Context, split: str) -> list[int] | None:
+    """Which rows of the file are texts; the others are left out."""
+    if context.settings.streaming and split == "train":
+        return None
+    return [row for row, text in enumerate(context.raw[split][context.columns["text"]]) if text.strip()]
 
 
 def _encode(context: Context, split: str, masked: bool) -> tuple[Any, dict[str, Any]]:
@@ -54,18 +62,15 @@ def _encode(context: Context, split: str, masked: bool) -> tuple[Any, dict[str, 
         if len(raw) == 0:
             raise UsageError(f"{context.place(split)}: holds no text.")
     counts = COUNTS if split != "train" and not masked and context.tokenizer.is_fast else ()
-    rows = raw.map(
+    rows = tokenised(
+        raw,
         _tokens,
-        batched=True,
-        remove_columns=raw.column_names,
-        fn_kwargs={
-            "tokenizer": context.tokenizer,
-            "settings": settings,
-            "column": column,
-            "length": None if settings.packing else context.max_length,
-            "labels": not masked and not settings.packing,
-            "counts": counts,
-        },
+        tokenizer=context.tokenizer,
+        truncation=settings.truncation,
+        column=column,
+        length=None if settings.packing else context.max_length,
+        labels=not masked and not settings.packing,
+        counts=counts,
     )
     if streamed:
         rows = rows.remove_columns(TOO_LONG)
@@ -77,7 +82,11 @@ def _encode(context: Context, split: str, masked: bool) -> tuple[Any, dict[str, 
             counted["tokens_read"] = count_tokens(rows)
         rows = _packed(rows, context, masked=masked, training=split == "train", counts=counts, streamed=streamed)
     if split != "train" and masked:
-        rows = rows.map(_mask, with_indices=True, fn_kwargs={"tokenizer": context.tokenizer, "settings": settings})
+        rows = rows.map(
+            _mask,
+            with_indices=True,
+            fn_kwargs={"tokenizer": context.tokenizer, "probability": settings.mlm_probability, "seed": settings.seed},
+        )
     if not streamed:
         counted |= {"examples": len(rows), "tokens": count_tokens(rows)}
         if split != "train":
@@ -94,7 +103,7 @@ def _tokens(
     batch: dict[str, list[Any]],
     *,
     tokenizer: PreTrainedTokenizerBase,
-    settings: DataSettings,
+    truncation: str,
     column: str,
     length: int | None,
     labels: bool,
@@ -107,7 +116,7 @@ def _tokens(
     if length is None:
         encoded, too_long = tokenizer(texts, truncation=False, verbose=False, **offsets), [False] * len(texts)
     else:
-        encoded, too_long = cut(tokenizer, length, settings, texts, **offsets)
+        encoded, too_long = cut(tokenizer, length, truncation, texts, **offsets)
     made = {"input_ids": encoded["input_ids"], TOO_LONG: too_long}
     if length is not None:
         made["attention_mask"] = encoded["attention_mask"]
@@ -153,12 +162,11 @@ def _packed(rows: Any, context: Context, *, masked: bool, training: bool, counts
 
 
 def _mask(
-    row: dict[str, Any], index: int, *, tokenizer: PreTrainedTokenizerBase, settings: DataSettings
+    row: dict[str, Any], index: int, *, tokenizer: PreTrainedTokenizerBase, probability: float, seed: int
 ) -> dict[str, Any]:
     """Labels of one row, by seed and index alone; at least one token is masked where any may be."""
-    masker = DataCollatorForLanguageModeling(tokenizer, mlm_probability=float(settings.mlm_probability))
-    masker.generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + index) % 2**63)
-    masker.seed = settings.seed
+    masker = DataCollatorForLanguageModeling(tokenizer, mlm_probability=float(probability), seed=seed)
+    masker.generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
     ids = torch.tensor([row["input_ids"]])
     special = tokenizer.get_special_tokens_mask(row["input_ids"], already_has_special_tokens=True)
     made, labels = masker.torch_mask_tokens(ids.clone(), special_tokens_mask=torch.tensor([special]))

@@ -48,7 +48,7 @@ def max_length(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, confi
 def cut(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
-    settings: DataSettings,
+    truncation: str,
     texts: Any,
     pairs: Any = None,
     **options: Any,
@@ -61,7 +61,7 @@ def cut(
     given = [texts] if pairs is None else [texts, pairs]
     encoded = tokenizer(*given, truncation=False, verbose=False, **options)
     too_long = [len(ids) > length for ids in encoded["input_ids"]]
-    if any(too_long) and settings.truncation == "refuse":
+    if any(too_long) and truncation == "refuse":
         tokens = len(encoded["input_ids"][too_long.index(True)])
         raise UsageError(
             f"A row of {tokens} tokens is longer than max_length ({length}); cut it (truncation: truncate), or raise "

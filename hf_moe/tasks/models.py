@@ -20,6 +20,8 @@ Path = str | os.PathLike[str]
 
 def load_config(path: Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
     """Raises SourceError in one line where there is none that works."""
+    if (pathlib.Path(path) / "adapter_config.json").is_file():
+        raise SourceError(f"{path}: holds a PEFT adapter; merge it into its base model first (merge_and_unload).")
     return _loaded(
         path, "configuration", AutoConfig.from_pretrained, revision=revision, trust_remote_code=trust_remote_code
     )

@@ -127,9 +127,14 @@ def _identity(settings: DataSettings, held: dict[str, Any]) -> dict[str, Any]:
             "dataset_revision": settings.dataset_revision,
             "fingerprints": {split: getattr(rows, "_fingerprint", None) for split, rows in held.items()},
         }
-    files = [name for split in SPLITS for name in settings.files(split)]
+    files = list(dict.fromkeys(name for split in SPLITS for name in settings.files(split)))
+    names = [Path(name).name if Path(name).is_absolute() else name for name in files]  # no folder of this machine
+    names = [name if names.count(name) == 1 else file for name, file in zip(names, files, strict=True)]
     return {
-        "files": {name: _fingerprint(Path(name).expanduser(), settings.streaming) for name in dict.fromkeys(files)}
+        "files": {
+            name: _fingerprint(Path(file).expanduser(), settings.streaming)
+            for name, file in zip(names, files, strict=True)
+        }
     }
 
 

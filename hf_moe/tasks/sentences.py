@@ -9,9 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_moe.errors import UsageError
 
 from .columns import check_texts
-from .context import TOO_LONG, Context, Encoded, count_cut, count_tokens
+from .context import TOO_LONG, Context, Encoded, count_cut, count_tokens, tokenised
 from .lengths import cut
-from .settings import DataSettings
 
 # What a row holds, by role: side -> the column's role.
 SIDES = {"anchor": "text", "positive": "text_pair", "negative": "negative"}
@@ -80,16 +79,13 @@ def _encode(context: Context, split: str) -> tuple[Any, dict[str, Any]]:
                 float(cell)
             except (TypeError, ValueError) as error:
                 raise UsageError(f"{place}: row {row}: a score is a number, not {cell!r}.") from error
-    rows = raw.map(
+    rows = tokenised(
+        raw,
         _tokens,
-        batched=True,
-        remove_columns=raw.column_names,
-        fn_kwargs={
-            "tokenizer": context.tokenizer,
-            "settings": context.settings,
-            "columns": columns,
-            "length": context.max_length,
-        },
+        tokenizer=context.tokenizer,
+        truncation=context.settings.truncation,
+        columns=columns,
+        length=context.max_length,
     )
     rows, counted = count_cut(rows)
     tokens = sum(count_tokens(rows, name) for name in rows.column_names if name.endswith("input_ids"))
@@ -100,14 +96,14 @@ def _tokens(
     batch: dict[str, list[Any]],
     *,
     tokenizer: PreTrainedTokenizerBase,
-    settings: DataSettings,
+    truncation: str,
     columns: dict[str, str],
     length: int,
 ) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for side, role in SIDES.items():
         if role in columns:
-            encoded, too_long = cut(tokenizer, length, settings, batch[columns[role]])
+            encoded, too_long = cut(tokenizer, length, truncation, batch[columns[role]])
             made |= {f"{side}_{name}": encoded[name] for name in INPUTS if name in encoded}
             made[TOO_LONG] = [a or b for a, b in zip(made.get(TOO_LONG, too_long), too_long, strict=True)]
     scores = batch[columns["label"]] if "label" in columns else [1.0] * len(too_long)

@@ -9,11 +9,10 @@ from hf_moe.errors import UsageError
 
 from .columns import check_texts
 from .conll import is_entity_scheme, to_iob2
-from .context import TOO_LONG, Context, Encoded, count_cut, count_tokens
+from .context import TOO_LONG, Context, Encoded, count_cut, count_tokens, tokenised
 from .labels import sort_labels
 from .lengths import cut
 from .packing import IGNORED
-from .settings import DataSettings
 
 KEPT = "kept"  # words of a row that have a token, a column that is counted and taken away again
 
@@ -104,16 +103,13 @@ def _encode(context: Context, split: str, tags: list[list[str]], names: list[str
     tagged = raw.select_columns([context.columns["text"]]).add_column(
         "hf_moe_tags", [[numbers[tag] for tag in row] for row in tags]
     )
-    rows = tagged.map(
+    rows = tokenised(
+        tagged,
         _tokens,
-        batched=True,
-        remove_columns=tagged.column_names,
-        fn_kwargs={
-            "tokenizer": context.tokenizer,
-            "settings": context.settings,
-            "column": context.columns["text"],
-            "length": context.max_length,
-        },
+        tokenizer=context.tokenizer,
+        truncation=context.settings.truncation,
+        column=context.columns["text"],
+        length=context.max_length,
     )
     words, kept = sum(map(len, tags)), int(sum(rows[KEPT]))
     rows, counted = count_cut(rows.remove_columns(KEPT))
@@ -127,13 +123,13 @@ def _tokens(
     batch: dict[str, list[Any]],
     *,
     tokenizer: PreTrainedTokenizerBase,
-    settings: DataSettings,
+    truncation: str,
     column: str,
     length: int,
 ) -> dict[str, Any]:
     """The first token of a word has its tag, all others `IGNORED`. A word of which the tokenizer makes nothing, or
     that is cut off, has none."""
-    encoded, too_long = cut(tokenizer, length, settings, batch[column], is_split_into_words=True)
+    encoded, too_long = cut(tokenizer, length, truncation, batch[column], is_split_into_words=True)
     labels, kept = [], []
     for row, tags in enumerate(batch["hf_moe_tags"]):
         before, made = None, []

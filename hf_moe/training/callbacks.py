@@ -50,13 +50,14 @@ def early_stopping(settings: MethodSettings, args: Any) -> list[TrainerCallback]
 
 
 def check_metric(trainer: MoeTrainer, data: PreparedData) -> None:
-    """Looks for `metric_for_best_model` among what evaluation gives, by evaluating a few rows.
+    """Looks for `metric_for_best_model` among what evaluation gives, by evaluating a few rows. (Not where the model is
+    sharded: what evaluates before training can't be sharded again.)
 
     Raises:
         UsageError: where it is not there, naming those that are.
     """
     wanted = trainer.args.metric_for_best_model
-    if wanted is None or data.validation is None:
+    if wanted is None or data.validation is None or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
     few, metrics = first_rows(data, PROBE), trainer.compute_metrics
     trainer.compute_metrics = metrics_for(data.task, few)
@@ -73,12 +74,14 @@ def check_metric(trainer: MoeTrainer, data: PreparedData) -> None:
 def first_rows(data: PreparedData, number: int) -> PreparedData:
     """The data with no more than `number` rows for validation, and what is made of them."""
     raw = data.raw["validation"].select(range(min(number, len(data.raw["validation"]))))
-    details, rows = data.details.get("validation"), data.split("validation")
-    if details is None:
-        kept = list(range(min(number, len(rows))))
-    else:
+    details: Any = data.details.get("validation")
+    rows = data.split("validation")
+    if hasattr(details, "select"):  # windows on the examples
         kept = [place for place, example in enumerate(details["example"]) if example < len(raw)]
         details = details.select(kept)
+    else:
+        kept = list(range(min(number, len(rows))))
+        details = None if details is None else [details[place] for place in kept]
     return replace(
         data,
         validation=rows.select(kept),
@@ -108,7 +111,8 @@ LEFT_OUT = ("epoch", "total_flos", "active_flops", "tokens_seen")
 
 def line_of(state: Any, logs: dict[str, Any]) -> str:
     shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in logs.items()}
-    figures = " ".join(f"{name} {value}" for name, value in shown.items() if name not in LEFT_OUT)
+    told = [name for name in shown if name not in LEFT_OUT and not name.startswith("load/")]
+    figures = " ".join(f"{name} {shown[name]}" for name in told)
     return f"step {state.global_step}/{state.max_steps}: {figures}"
 
 

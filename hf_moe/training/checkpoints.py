@@ -57,9 +57,16 @@ class RunState(TrainerCallback):
 
     def begin(self, checkpoint: Path | None) -> None:
         """Before training, from `checkpoint` or from the start."""
+        self.checkpoint = checkpoint
         self.found = None if checkpoint is None else read_state(checkpoint)
+        self.stopped = self.found is not None and self.found["stopped"]  # before its time
         self.logged_at = 0  # the step of the last log
         self.total_loss = 0.0  # of the steps before this process began, as far as logged
+
+    def is_over(self) -> bool:
+        """Whether no step is left: where a process ended between its last checkpoint and the output."""
+        state = self.trainer.state
+        return self.found is not None and (self.stopped or state.global_step >= state.max_steps)
 
     def mean_loss(self) -> float:
         """Over all steps of the run, whatever process ran them."""
@@ -72,8 +79,10 @@ class RunState(TrainerCallback):
         mine |= {name: callback.state_dict() for name, callback in self._with_states().items()}
         everybody = gather_object([mine])
         if trainer.args.should_save:
+            left = trainer.state.max_steps - trainer.state.global_step
             state = {
                 "logged_at": self.logged_at,
+                "stopped": trainer.control.should_training_stop and left > 0,
                 "total_loss": self.total_loss + trainer._total_loss_scalar,
                 "processes": everybody,
                 "kept": trainer.kept,
@@ -82,9 +91,13 @@ class RunState(TrainerCallback):
         trainer.accelerator.wait_for_everyone()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.found is None:
+        if self.found is None or self.checkpoint is None:
             return
         trainer = self.trainer
+        best = self.checkpoint.parent / f"checkpoint-{state.best_global_step}"  # their folder may have been renamed
+        if state.best_model_checkpoint is None and best.is_dir():
+            state.best_model_checkpoint = str(best)
+        state.compute_steps(args, state.max_steps)  # Trainer keeps those of the checkpoint
         self.logged_at = trainer._globalstep_last_logged = self.found["logged_at"]
         self.total_loss = self.found["total_loss"]
         number, index = trainer.accelerator.num_processes, trainer.accelerator.process_index

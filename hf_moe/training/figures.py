@@ -27,8 +27,8 @@ class Figures(TrainerCallback):
         self.seconds = 0.0
         self.mark = time.perf_counter()
 
-    def add(self, terms: dict[str, torch.Tensor], weight: torch.Tensor | float) -> None:
-        """The routers' losses of one micro-batch."""
+    def add(self, terms: dict[str, torch.Tensor], weight: float) -> None:
+        """The routers' losses of one micro-batch, times its weight in the step."""
         for name, value in terms.items():
             part = value.detach().float() * weight
             self.sums[name] = self.sums[name] + part if name in self.sums else part

@@ -134,6 +134,11 @@ class GradualUnfreezing(TrainerCallback):
         self.waits = {name: height.get(layer_of(name), len(layers)) for name in names}
         self.waits |= {name: 0 for name in names[first:] if layer_of(name) is None}
 
+    def let_all_train(self) -> None:
+        """While the optimizer and the wrapper of several processes are made, which take what trains then for all that
+        ever will."""
+        self._apply(self.steps * len(self.waits))
+
     def frozen_at(self, step: int) -> set[str]:
         """What is frozen after `step` steps."""
         return {name for name, wait in self.waits.items() if wait > step // self.steps}

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import logging
 from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
@@ -18,6 +19,8 @@ from hf_moe.recipe import Recipe, read_yaml
 from hf_moe.tasks import TASKS, DataSettings
 
 from .settings import MethodSettings, ModelSettings
+
+logger = logging.getLogger(__name__)
 
 SECTIONS: dict[str, type] = {
     "data": DataSettings,
@@ -61,8 +64,11 @@ DECIDED = {
     "remove_unused_columns": "the data holds only what the model takes",
     "ignore_data_skip": "a resumed run must see the same rows",
     "restore_callback_states_from_checkpoint": "their states are always restored",
-    "push_to_hub": "publishing is no part of training",
     "local_rank": "the launcher says it",
+    **dict.fromkeys(
+        [name for name in TrainingArguments.__dataclass_fields__ if name.startswith(("hub_", "push_to_hub"))],
+        "publishing is no part of training",
+    ),
 }
 
 REQUIRED = {
@@ -183,9 +189,13 @@ class TrainRecipe(Recipe):
         for name in self.other_names:  # Transformers drops the older names some day
             values[name] = values.pop(self.other_names[name], None)
         try:
-            return TrainingArguments(**values | decided)
+            arguments = TrainingArguments(**values | decided)
         except (ValueError, TypeError, NotImplementedError, ImportError) as error:
             raise UsageError(f"recipe: {' '.join(str(error).split())}") from error
+        if arguments.n_gpu > 1:
+            logger.warning("One device of several is used: start it by `accelerate launch -m hf_moe train …` for all.")
+            arguments._n_gpu = 1  # Trainer would copy the model to all of them in every step
+        return arguments
 
 
 def fit(name: str, value: Any, hint: Any, where: str) -> Any:

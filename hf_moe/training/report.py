@@ -60,6 +60,7 @@ def report_of(
             if state.best_metric is not None
             else None,
             "metrics": metrics,
+            "loads": {str(layer): row for layer, row in (trainer.monitor.loads if trainer.monitor else {}).items()},
             "versions": versions(),
             "history": state.log_history,
         }

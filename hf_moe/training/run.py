@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from hf_moe.convert import conversion, plan_upcycle
+from hf_moe.convert.certificate import explain, read_certificate
 from hf_moe.convert.checkpoint import open_checkpoint
 from hf_moe.convert.describe import describe_plan
 from hf_moe.errors import UsageError
@@ -100,6 +101,7 @@ def train(recipe: TrainRecipe, *, overwrite: bool = False, quiet: bool = False) 
         check_metric(trainer, loaded.data)
         metrics = _run(trainer, loaded, checkpoint)
         report = report_of(recipe, trainer, loaded.data, loaded.trains, metrics)
+        report["start"] = on_main(lambda: _certified(files / START))
         on_main(lambda: _finish(files, recipe, report))
     return Trained(recipe.output, recipe, metrics, report)
 
@@ -240,9 +242,15 @@ def _trainer(
 
 def _run(trainer: MoeTrainer, loaded: Loaded, checkpoint: Path | None) -> dict[str, float]:
     """Trains, measures, and saves the model."""
-    metrics = dict(trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics)
+    try:
+        done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except KeyError as error:  # a metric that was not looked for before
+        if "metric_for_best_model" not in str(error):
+            raise
+        raise UsageError(" ".join(str(error.args[0]).split())) from error
+    metrics = dict(done.metrics)
     if loaded.data.validation is not None:
-        metrics |= trainer.evaluate()
+        metrics |= _evaluated(trainer) or trainer.evaluate()
     if loaded.data.test is not None:
         trainer.compute_metrics = metrics_for(loaded.data.task, loaded.data, split="test")
         metrics |= trainer.predict(loaded.data.test).metrics or {}
@@ -250,6 +258,22 @@ def _run(trainer: MoeTrainer, loaded: Loaded, checkpoint: Path | None) -> dict[s
         loaded.model.config.use_cache = loaded.use_cache  # Trainer turned it off, which generation would notice
     trainer.save_model()
     return metrics
+
+
+def _certified(start: Path) -> dict[str, Any] | None:
+    """What the certificate of the mixture that training began from says; None where it was there before."""
+    certificate = read_certificate(start)
+    return None if certificate is None else {"passed": certificate["passed"], "summary": explain(certificate)}
+
+
+def _evaluated(trainer: MoeTrainer) -> dict[str, float]:
+    """The last evaluation, if it was of the weights that are there now."""
+    found = [row for row in trainer.state.log_history if row["step"] == trainer.state.global_step]
+    if trainer.args.load_best_model_at_end:
+        return {}
+    return next(
+        ({name: row[name] for name in row if name.startswith("eval_")} for row in found if "eval_loss" in row), {}
+    )
 
 
 def _finish(files: Path, recipe: TrainRecipe, report: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from .collate import SeededCollator
 from .compute import Active, count_active, count_tokens
 from .distributed import set_leaf_modules
 from .figures import Figures
-from .freezing import kind_of
+from .freezing import GradualUnfreezing, kind_of
 from .nonfinite import first_bad_output, first_bad_tensor
 from .optimizer import ROUTERS, give_routers_a_rate, without_decay
 
@@ -33,8 +33,8 @@ class MoeTrainer(Trainer):
 
     - Logs `aux_loss`, `z_loss` and `router_entropy` apart, and `task_loss`, what is left of `loss` without them;
       `tokens_per_second`, `tokens_seen` (no padding) and `active_flops` (`compute.FORMULA`); routing by
-      `RoutingMonitor`, before the reporters see the log. `loss` includes the weighted routers' losses while training;
-      in evaluation it is the task's alone, without label smoothing.
+      `RoutingMonitor`, before the reporters see the log, with the load of each expert for them alone. `loss` includes
+      the weighted routers' losses while training; in evaluation it is the task's alone, without label smoothing.
     - Label smoothing keeps the routers' losses.
     - A head that leaves `num_items_in_batch` unread, as dense heads do, has its loss weighted here: a step's gradient
       does not depend on how it is split.
@@ -66,7 +66,7 @@ class MoeTrainer(Trainer):
         self.kept = kept or {}
         base = self._base_model()
         self.is_ours = isinstance(base, MoePreTrainedModelMixin)
-        self.monitor = RoutingMonitor.join(self) if is_mixture(self.model) else None
+        self.monitor = RoutingMonitor.join(self, per_expert=True) if is_mixture(self.model) else None
         if self.monitor is not None:
             set_leaf_modules(self.model, self.accelerator)
         if self._moves_router_bias(base):
@@ -79,7 +79,7 @@ class MoeTrainer(Trainer):
         self.reads_num_items: bool | None = True if self.is_ours else None
         self.router_rate: float | None = None
 
-    def _base_model(self) -> nn.Module:
+    def _base_model(self) -> Any:
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -110,6 +110,9 @@ class MoeTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None):
         fresh = self.optimizer is None
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, GradualUnfreezing):
+                callback.let_all_train()  # until training begins
         optimizer = super().create_optimizer(model)
         if fresh and self.router_learning_rate is not None:
             give_routers_a_rate(optimizer, self.model if model is None else model, self.router_learning_rate)
@@ -144,26 +147,21 @@ class MoeTrainer(Trainer):
         terms = losses.router_terms(outputs)
         if not terms:
             return loss
+        parts = {name: self._scaled(value, self._share_of(name, share)) for name, value in terms.items()}
         if "loss" not in outputs or self.contrastive_scale is not None:
-            for name, value in terms.items():
-                part = losses.weighted({name: value}, self.model.config)
-                loss = loss + self._scaled(part, self._share_of(name, share))
+            loss = loss + losses.weighted(parts, self.model.config)
         elif not self.is_ours and share is not None and self.reads_num_items:
             # the head divided the task's loss by the step's labels, but not this (transformers #48690)
-            extra = losses.weighted(terms, self.model.config)
-            loss = loss + self._scaled(extra, share) - self._scaled(extra, torch.ones_like(share))
-        for name, value in terms.items():
-            of_step = self._share_of(name, share)
-            weight = 1 / self.current_gradient_accumulation_steps if of_step is None else self._scaled(1.0, of_step)
-            self.figures.add({name: value}, weight)
+            whole = self._scaled(losses.weighted(terms, self.model.config), torch.ones_like(share))
+            loss = loss + losses.weighted(parts, self.model.config) - whole
+        self.figures.add(parts, 1 / self.current_gradient_accumulation_steps if share is None else 1.0)
         return loss
 
     def _share_of(self, name: str, share: torch.Tensor | None) -> torch.Tensor | None:
-        """What a router's loss counts in the step of which the micro-batch has `share` of the labels."""
-        if share is None or name != "aux_loss" or not self.is_ours:
+        """The share that one of the routers' losses has, as our heads weigh it."""
+        if name != "aux_loss" or share is None or not self.is_ours:
             return share
-        base: Any = self._base_model()
-        return base.balance_share(share)
+        return self._base_model().balance_share(share)
 
     def _scaled(self, loss: Any, share: torch.Tensor | None) -> Any:
         """A mean over a micro-batch as its share of a step's loss, as Trainer scales it; where it has no share,
@@ -182,8 +180,7 @@ class MoeTrainer(Trainer):
         )
         made = {"loss": loss, "embeddings": torch.stack(list(sides.values()), dim=1)}
         if state is not None:
-            base: Any = self._base_model()
-            made |= base._router_losses(state)
+            made |= self._base_model()._router_losses(state)
         elif (aux := getattr(outputs, "aux_loss", None)) is not None:
             made["aux_loss"] = aux
         return loss, made
@@ -219,6 +216,12 @@ class MoeTrainer(Trainer):
             raise UsageError(f"{self.args.output_dir}: holds no whole checkpoint to resume from.")
         self.run_state.begin(Path(resume_from_checkpoint) if resume_from_checkpoint else None)
         return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.run_state.is_over():
+            self.control.should_training_stop = True  # Trainer would do a step before it looks
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         try:
@@ -297,6 +300,7 @@ class MoeTrainer(Trainer):
                 logs["router_learning_rate"] = self.router_rate
         if "train_loss" in logs:
             logs["train_loss"] = self.run_state.mean_loss()
+            logs["tokens_seen"] = self.figures.read(self.accelerator, 1)["tokens_seen"]  # after the last log, too
         super().log(logs, start_time)
 
     def _get_learning_rate(self):

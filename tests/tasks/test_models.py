@@ -49,6 +49,9 @@ def test_what_an_architecture_can_t_do_is_said(dense_folder, tmp_path):
         load_model("masked-lm", tmp_path)
     with pytest.raises(SourceError, match="has no tokenizer"):
         load_tokenizer(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(SourceError, match="holds a PEFT adapter; merge it"):
+        load_model("masked-lm", tmp_path)
 
 
 def test_a_trained_head_has_the_labels_it_was_trained_with(dense_folder, tmp_path):

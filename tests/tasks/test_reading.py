@@ -89,6 +89,16 @@ def test_groups_stay_on_one_side(files, prepare):
     assert not set.intersection(*sides)
 
 
+def test_a_file_that_changed_is_read_again(files, prepare):
+    for texts in (TEXTS, TEXTS[::-1], TEXTS[:3]):
+        files(rows_txt="\n".join(texts))
+        for packing in (False, True):
+            made, tokenizer = prepare("causal-lm", family="llama", test_file="rows.txt", packing=packing)
+            ids = [token for row in made.test for token in row["input_ids"]]
+            end = [tokenizer.eos_token_id] if packing else []
+            assert ids == [token for text in texts for token in tokenizer(text)["input_ids"] + end]
+
+
 def test_streaming_reads_while_it_is_asked(files, prepare):
     files(train_txt="\n".join(TEXTS * 3), test_txt="\n".join(TEXTS))
     made, tokenizer = prepare(
@@ -194,6 +204,7 @@ REFUSED = {
         "dataset_name and train_file are both given",
     ),
     "no such dataset": ({}, {"dataset_name": "./set"}, r"\./set: can't be loaded as a dataset"),
+    "no such dataset of the Hub": ({}, {"dataset_name": "nobody/nothing"}, "nobody/nothing: can't be loaded"),
     "streaming labels": (
         {"rows_jsonl": ROWS},
         {"train_file": "rows.jsonl", "streaming": True},

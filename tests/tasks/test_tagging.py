@@ -1,6 +1,7 @@
 """Token classification: CoNLL files, schemes of tags, and which token has a word's tag."""
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from seqeval.scheme import BILOU, IOB2, IOBES, Tokens
@@ -57,6 +58,16 @@ def test_what_is_cut_off_is_counted(files, prepare):
     made, _ = prepare("token-classification", train_file="train.jsonl", max_length=12)
     report = made.report["splits"]["train"]
     assert (report["truncated"], report["words"], report["words_lost"]) == (1, 20, 10)
+
+
+def test_a_dataset_s_own_names_of_tags(tmp_path, prepare):
+    features = Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=["O", "B-PET", "I-PET"]))})
+    (tmp_path / "set").mkdir()
+    rows = Dataset.from_dict({"tokens": [["the", "cat"]], "ner_tags": [[0, 1]]}, features=features)
+    rows.to_parquet(tmp_path / "set" / "train.parquet")
+    made, _ = prepare("token-classification", dataset_name=str(tmp_path / "set"))
+    assert made.labels == ["B-PET", "I-PET", "O"]
+    assert made.train[0]["labels"] == [IGNORED, 2, 0, IGNORED]
 
 
 def test_tags_that_mark_no_entities_are_left(files, prepare):
@@ -121,6 +132,22 @@ def test_conll_as_it_is_found(tmp_path):
     assert read_conll(file) == [[("the", "O"), ("cat", "B-PET")], [("#", "O")]]
     file.write_text("# sent_id = 1\nNew York\tB-LOC\n#\tO\n")
     assert read_conll(file) == [[("New York", "B-LOC"), ("#", "O")]]
+
+
+WORD = st.text(st.characters(exclude_categories=["Z", "C"]), min_size=1, max_size=5)
+
+
+@given(
+    st.lists(st.lists(st.tuples(WORD, st.sampled_from(["O", "B-A", "I-A"])), min_size=1, max_size=4), max_size=4),
+    st.sampled_from([" ", "\t", "  ", " NN "]),
+    st.sampled_from(["\n", "\r\n"]),
+)
+@settings(deadline=None, max_examples=60)
+def test_conll_is_read_as_it_was_written(tmp_path_factory, sentences, between, end):
+    file = tmp_path_factory.mktemp("conll") / "a.conll"
+    text = (end * 2).join(end.join(f"{word}{between}{tag}" for word, tag in row) for row in sentences)
+    file.write_bytes((text + end).encode())
+    assert read_conll(file) == [row for row in sentences if row]
 
 
 REFUSED = {

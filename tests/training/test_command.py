@@ -92,6 +92,7 @@ def test_from_dense_to_trained_in_one_command(dense_folder, hf_moe_command, tmp_
     assert config["upcycled_from"]["source"] == dense.name
     assert config.get("use_cache", True)
     assert not (tmp_path / "out" / "start").exists()
+    assert json.loads(out)["start"]["passed"]
     assert json.loads(out)["trains"]["by_kind"]["other"]["parameters"] == 0
 
 
@@ -254,6 +255,12 @@ def test_tensorboard_has_the_figures_of_the_mixture(mixture, hf_moe_command, tmp
     tags = set(held.Tags()["scalars"])
     assert {"train/loss", "train/aux_loss", "train/routing/entropy", "train/tokens_per_second"} <= tags
     assert [event.step for event in held.Scalars("train/aux_loss")] == [1, 2]
+    loads = [held.Scalars(f"train/load/layer_1/expert_{expert}")[-1].value for expert in range(4)]
+    assert sum(loads) == pytest.approx(1)
+    report = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert report["loads"]["1"] == pytest.approx(loads)
+    assert not any("load/" in name for row in report["history"] for name in row)
+    assert "load/" not in err
 
 
 def test_router_settings_reach_the_routers(mixture, hf_moe_command, tmp_path):

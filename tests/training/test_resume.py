@@ -15,7 +15,7 @@ from hf_moe.training import MoeTrainer, TrainRecipe, train
 from hf_moe.training.checkpoints import is_whole, last_checkpoint, read_state, share_out
 from tests.training.runs import keys_for, recipe_for, without_times, write_recipe
 
-KILLED_AFTER = 8
+KILLED_AFTER = 4
 
 
 def start(recipe):
@@ -41,7 +41,7 @@ def long_run(mixture, tmp_path):
         "masked-lm",
         model,
         tmp_path,
-        max_steps=30,
+        max_steps=20,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         learning_rate=1e-3,
@@ -81,8 +81,8 @@ def test_killed_half_way_and_resumed_it_is_the_same_run(long_run, hf_moe_command
 
     one, other = (json.loads((folder / "training.json").read_text()) for folder in (whole.path, tmp_path / "killed"))
     losses = [row["loss"] for row in one["history"] if "loss" in row]
-    assert len(losses) == 10
-    assert len(set(losses)) == 10
+    assert len(losses) == 6
+    assert len(set(losses)) == 6
     assert without_times(other["history"]) == without_times(one["history"])
     assert (whole.path / "model.safetensors").read_bytes() == (tmp_path / "killed" / "model.safetensors").read_bytes()
     for name in ("tokens", "active_flops", "best", "steps", "data"):
@@ -139,8 +139,12 @@ def test_interrupted_after_upcycling_it_goes_on(dense_folder, tmp_path, monkeypa
         train(TrainRecipe.from_dict(keys), quiet=True)
     monkeypatch.undo()
     assert not (tmp_path / "out").exists()
+    files = tmp_path / "out.partial" / "files"
+    broken = shutil.copytree(files / "checkpoint-2", files / "checkpoint-3")  # as if killed while it was written
+    (broken / "trainer_state.json").unlink()
     again = train(TrainRecipe.from_dict(keys | {"resume_from_checkpoint": True}), quiet=True)
     assert without_times(again.report["history"]) == without_times(whole.report["history"])
+    assert is_whole(tmp_path / "out" / "checkpoint-3")
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -184,8 +188,30 @@ def test_other_data_does_not_go_on(finished, tmp_path):
 def test_what_is_only_told_may_differ(finished, tmp_path):
     _, keys = finished
     free = {"output_dir": str(tmp_path / "other"), "logging_steps": 2, "save_strategy": "no"}
+    free["report_to"] = "tensorboard"
     made = train(TrainRecipe.from_dict({**keys, **free}), quiet=True)
     assert made.report["steps"] == 2
+    logged = [row["step"] for row in made.report["history"] if "loss" in row]
+    assert logged == [1, 2]
+    assert not list(made.path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_nothing_is_done_after_the_end(early, mixture, tmp_path):
+    """A process that ended between its last checkpoint and the output."""
+    keys = keys_for("masked-lm", mixture("bert"), tmp_path, save_strategy="steps", save_steps=1, max_steps=4)
+    if early:
+        keys |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "max_steps": 9}
+        keys |= {"early_stopping_patience": 1, "learning_rate": 3.0, "optim": "sgd", "max_grad_norm": 0.0}
+    whole = train(TrainRecipe.from_dict(keys), quiet=True)
+    last = whole.report["steps"]
+    assert (last < 9) == early or last == 4
+    again = {"output_dir": str(tmp_path / "again"), "resume_from_checkpoint": str(whole.path / f"checkpoint-{last}")}
+    resumed = train(TrainRecipe.from_dict(keys | again), quiet=True)
+    assert resumed.report["steps"] == last
+    assert without_times(resumed.report["history"]) == without_times(whole.report["history"])
+    weights = [(made.path / "model.safetensors").read_bytes() for made in (whole, resumed)]
+    assert weights[0] == weights[1]
 
 
 def test_a_constant_rate_may_go_on_longer(mixture, tmp_path):

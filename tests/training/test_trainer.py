@@ -1,6 +1,7 @@
 """MoeTrainer: the loss is what it says, however a step is split; what stops it names the place."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -151,7 +152,8 @@ def test_the_logged_losses_are_those_of_a_naive_step(smoothing, tmp_path):
     assert log["loss"] == pytest.approx(float(nll + aux + outputs.z_loss), rel=1e-4)
     assert any(value.abs().max() > 1e-6 for name, value in moved.items() if ".gate." in name)
     evaluated = trainer.evaluate(rows)["eval_loss"]  # the task's alone, unsmoothed
-    outputs = trainer.model.eval()(**inputs)
+    with torch.no_grad():
+        outputs = trainer.model.eval()(**inputs)
     assert evaluated == pytest.approx(float(outputs.loss), rel=1e-4)
 
 
@@ -237,6 +239,32 @@ def test_routers_have_a_rate_of_their_own(tmp_path):
         torch.testing.assert_close(value, factor * plain[name], rtol=1e-3, atol=1e-6, msg=name)
     assert trainer.state.log_history[0]["learning_rate"] == 1.0
     assert trainer.state.log_history[0]["router_learning_rate"] == 0.25
+
+
+def test_what_waits_does_not_move_until_it_trains(tmp_path):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+
+    model = tiny_moe("bert", "BertMoeForSequenceClassification")
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    callbacks = [*freeze(model, "gradual:1"), Look()]
+    rows = rows_for("BertMoeForSequenceClassification", equal=False)
+    values = {"max_steps": 5, "learning_rate": 0.01, "optim": "adamw_torch", "weight_decay": 0.1}
+    trained(model, rows, tmp_path, callbacks=callbacks, **values)
+    states = [start, *seen]
+    for name, first in [
+        ("classifier.weight", 0),
+        ("bert.pooler.dense.weight", 0),
+        ("bert.encoder.layer.2.mlp.experts.up_proj", 0),
+        ("bert.encoder.layer.1.output.dense.weight", 1),
+        ("bert.encoder.layer.0.attention.self.value.weight", 2),
+        ("bert.embeddings.word_embeddings.weight", 3),
+    ]:
+        moved = [not torch.equal(before[name], after[name]) for before, after in pairwise(states)]
+        assert moved == [step >= first for step in range(5)], name
 
 
 def test_the_schedule_scales_both_rates(tmp_path):
@@ -382,7 +410,14 @@ def test_a_collator_draws_by_rows_and_epoch_alone():
     assert not torch.equal(collator(rows)["drawn"], first)
 
 
-def test_evaluating_more_often_changes_nothing(tmp_path):
+def scrambled(rows):
+    """A collator that draws."""
+    held = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    held["input_ids"] = torch.where(torch.rand(held["input_ids"].shape) < 0.5, 6, held["input_ids"])
+    return held
+
+
+def test_workers_and_evaluations_change_nothing(tmp_path):
     rows = rows_for("BertMoeForSequenceClassification", equal=False) * 2
 
     def losses(**values):
@@ -392,11 +427,14 @@ def test_evaluating_more_often_changes_nothing(tmp_path):
             args=arguments(tmp_path, max_steps=6, learning_rate=0.01, **values),
             train_dataset=rows,
             eval_dataset=rows,
+            data_collator=scrambled,
         )
         trainer.train()
         return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
-    assert losses() == losses(eval_strategy="steps", eval_steps=1)
+    alone = losses()
+    assert losses(eval_strategy="steps", eval_steps=1) == alone
+    assert losses(dataloader_num_workers=2) == alone
 
 
 @pytest.mark.parametrize(("how", "moves"), [("none", True), ("all_but_router", False)])
