@@ -45,7 +45,7 @@ EXPERIMENTS: dict[str, tuple[list[str], str, bool]] = {
     "rotten-tomatoes": (["rotten-tomatoes"], "test_accuracy", True),
     "reuters": (["reuters"], "test_f1_macro", True),
 }
-VOCABULARY = 8192
+VOCABULARY = 4096
 
 
 def english_gpt2() -> str:
