@@ -1,9 +1,11 @@
 """What a checkpoint or a plan is, as plain values: for `inspect`, `--dry-run` and `--json`."""
 
+import dataclasses
 import math
 from typing import Any
 
 from hf_moe.errors import SourceError
+from hf_moe.modeling.configuration_moe import MoeConfigMixin
 
 from .certificate import explain, read_certificate
 from .checkpoint import Checkpoint
@@ -23,6 +25,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     mixture = open_mixture(checkpoint) if is_mixture(config) else None
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     model_type = config.get("model_type")
+    used = (mixture.num_experts, _visited(config, mixture.top_k)) if mixture else ()
     described = {
         "source": checkpoint.source,
         "family": families.get(str(model_type), model_type),
@@ -31,7 +34,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "dtypes": sorted({info.dtype for info in checkpoint.tensors.values()}),
         "bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
         "files": len(checkpoint.files),
-        **(_parameters(shapes, mixture.num_experts, mixture.top_k) if mixture else _parameters(shapes, 1, 1)),
+        **_parameters(shapes, *used),
     }
     if mixture is None:
         described["convertible"] = model_type in FAMILIES
@@ -80,7 +83,9 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "moe_layers": sorted(plan.networks),
         "exactness": str(plan.exactness),
         "expected_error": plan.exactness.expected_error,
-        **_parameters(shapes, plan.recipe.num_experts, plan.recipe.num_experts_per_tok),
+        **_parameters(
+            shapes, plan.recipe.num_experts, _visited(dataclasses.asdict(plan.recipe), plan.recipe.num_experts_per_tok)
+        ),
         "bytes": plan.nbytes,
         "files": len(split(plan.tensors, plan.recipe.max_shard_size)),
         "dropped": plan.dropped,
@@ -89,8 +94,18 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _parameters(shapes: dict[str, tuple[int, ...]], num_experts: int, top_k: int) -> dict[str, int]:
-    """Total, and those that one token uses: `top_k` of every `num_experts` experts, stacked or each by itself."""
+def _visited(config: dict[str, Any], top_k: int) -> float | None:
+    """How many experts a token visits, on average; None where that is for the router to say."""
+    router_type = config.get("router_type")
+    if router_type == "expert_choice":
+        return config.get("router_capacity_factor", MoeConfigMixin.router_capacity_factor)
+    return None if router_type == "top_p" else top_k
+
+
+def _parameters(
+    shapes: dict[str, tuple[int, ...]], num_experts: int = 1, visited: float | None = 1
+) -> dict[str, int | None]:
+    """Total, and those that one token uses: `visited` of every `num_experts` experts, stacked or each by itself."""
     experts = others = 0
     for name, shape in shapes.items():
         shared = len(shape) > 1 and shape[0] == 1 < num_experts  # by experts of low rank
@@ -98,4 +113,5 @@ def _parameters(shapes: dict[str, tuple[int, ...]], num_experts: int, top_k: int
             experts += math.prod(shape)
         else:
             others += math.prod(shape)
-    return {"parameters": others + experts, "active_parameters": others + experts * top_k // num_experts}
+    active = None if visited is None else others + round(experts * visited / num_experts)
+    return {"parameters": others + experts, "active_parameters": active}

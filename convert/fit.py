@@ -16,7 +16,7 @@ from .compare import Batch, load_model, pad, watch_networks
 from .network import is_finite
 from .plan import Plan
 from .routers import GATES, class_means, shrunk_covariance, spread
-from .texts import load_tokenizer, read_texts, tokenize
+from .texts import check_ids, load_tokenizer, read_texts, tokenize
 
 RANDOM_GATES = ("random", "uniform_random")
 PROMPT_GATES = ("hidden", "cheap_embed")
@@ -75,8 +75,7 @@ def token_ids(plan: Plan, tokenizer: PreTrainedTokenizerBase, texts: Iterable[st
         SourceError: where the vocabulary has not the ids.
     """
     rows = [row for row in tokenize(tokenizer, plan.config, texts) if row]
-    if any(max(row) >= plan.config.vocab_size for row in rows):
-        raise SourceError(f"{plan.source.checkpoint.path}: its tokenizer gives ids that the model has no rows for.")
+    check_ids(rows, plan.config, plan.source.checkpoint.path)
     return rows
 
 

@@ -30,7 +30,7 @@ from .mixture import Mixture, is_mixture, open_mixture
 from .output import check_output, whole_folder
 from .reduce import class_of
 from .similarity import expert_similarity
-from .texts import load_tokenizer, longest_text, read_texts
+from .texts import check_ids, load_tokenizer, longest_text, read_texts
 from .usage import ROWS, load_for_text
 
 FORMAT = 1
@@ -153,8 +153,7 @@ def _tokenized(tokenizer: PreTrainedTokenizerBase, mixture: Mixture, texts: list
             lines.append(Line(text, made["input_ids"], names, spans))
     if not lines:
         raise SourceError(f"{path}: its tokenizer makes no token of {texts[0][:40]!r}.")
-    if max(max(line.ids) for line in lines) >= mixture.config.vocab_size:
-        raise SourceError(f"{path}: its tokenizer gives ids that the model has no rows for.")
+    check_ids((line.ids for line in lines), mixture.config, path)
     return lines
 
 

@@ -52,6 +52,12 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, texts
     return [tokenizer(text, truncation=True, max_length=longest)["input_ids"] for text in texts]
 
 
+def check_ids(rows: Iterable[list[int]], config: PretrainedConfig, path: Path) -> None:
+    """Raises SourceError where a row of ids, none of them empty, has one that the vocabulary has not."""
+    if any(max(row) >= config.vocab_size for row in rows):
+        raise SourceError(f"{path}: its tokenizer gives ids that the model has no rows for.")
+
+
 def longest_text(config: PretrainedConfig) -> int:
     """Tokens: `MAX_TOKENS`, or what the model has room for."""
     positions = getattr(config, "max_position_embeddings", None) or MAX_TOKENS + 2

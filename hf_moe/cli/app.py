@@ -10,6 +10,22 @@ from hf_moe.cli import show
 from hf_moe.cli.cross_validate import cv
 from hf_moe.cli.evaluate import evaluate
 from hf_moe.cli.expand import expand_experts
+from hf_moe.cli.options import (
+    DryRun,
+    Dtype,
+    Json,
+    Layers,
+    Manifest,
+    Moe,
+    Output,
+    Overwrite,
+    Quiet,
+    RecipeShardSize,
+    Revision,
+    Seed,
+    ShardSize,
+    TopK,
+)
 from hf_moe.cli.spread import SpreadCommand, named_files
 from hf_moe.cli.train import recipes, train
 from hf_moe.convert import certify, conversion, fusion, open_checkpoint, plan_upcycle, write_certificate
@@ -28,10 +44,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub checkpoint.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
 def _version(wanted: bool) -> None:
@@ -52,10 +64,10 @@ def _root(
 @app.command(epilog="Example: hf-moe upcycle ./bert-base ./bert-moe --num-experts 8 --top-k 2 --layers every-2")
 def upcycle(
     source: Annotated[str, typer.Argument(help="Dense checkpoint: folder, GGUF file, Hub id, or recipe (FILE.yaml).")],
-    output: Annotated[Path, typer.Argument(help="Folder to make.")],
+    output: Output,
     num_experts: Annotated[int | None, typer.Option(help="Experts a layer. [default: 8]")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Experts that each token is sent to. [default: 2]")] = None,
-    layers: Annotated[str | None, typer.Option(help="'all', 'every-2', or indices: '0,3,5'. [default: all]")] = None,
+    top_k: TopK = None,
+    layers: Layers = None,
     method: Annotated[
         str | None, typer.Option(help="'copy' of the whole network, or 'split' into parts. [default: copy]")
     ] = None,
@@ -97,17 +109,17 @@ def upcycle(
     target: Annotated[
         str | None, typer.Option(help="Classes to write: 'hf_moe', 'native' or 'auto'. [default: hf_moe]")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Dtype of the weights written, such as 'bfloat16'.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything drawn at random. [default: 0]")] = None,
-    max_shard_size: Annotated[str | None, typer.Option(help="Largest weights file. [default: 5GB]")] = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    max_shard_size: RecipeShardSize = None,
     revision: Revision = None,
     allow_nonfinite: Annotated[
         bool | None, typer.Option("--allow-nonfinite", help="Convert NaN and Inf as they are.")
     ] = None,
     verify: Annotated[bool, typer.Option(help="Hold the result against the dense model.")] = True,
-    manifest: Annotated[bool, typer.Option(help="Digest every file; an interrupted run then resumes.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its bytes; write nothing.")] = False,
+    manifest: Manifest = True,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -158,7 +170,7 @@ def _recipe(source: str, options: dict[str, Any]) -> UpcycleRecipe:
 @app.command(epilog="Example: hf-moe fuse recipe.yaml ./moe --gate-mode lda")
 def fuse(
     recipe: Annotated[Path, typer.Argument(help="What to fuse, in YAML; mergekit's recipes are read.")],
-    output: Annotated[Path, typer.Argument(help="Folder to make.")],
+    output: Output,
     gate_mode: Annotated[
         str | None,
         typer.Option(
@@ -166,8 +178,8 @@ def fuse(
             "'uniform_random'. [default: hidden]"
         ),
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Experts that each token is sent to. [default: 2]")] = None,
-    layers: Annotated[str | None, typer.Option(help="'all', 'every-2', or indices: '0,3,5'. [default: all]")] = None,
+    top_k: TopK = None,
+    layers: Layers = None,
     rest: Annotated[
         str | None, typer.Option(help="Everything but the experts is the 'base' or their 'average'. [default: base]")
     ] = None,
@@ -177,16 +189,16 @@ def fuse(
     train_router: Annotated[
         int | None, typer.Option(help="Train the routers on the texts for so many steps. [default: 0]")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Dtype of the weights written, such as 'bfloat16'.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything drawn at random. [default: 0]")] = None,
-    max_shard_size: Annotated[str | None, typer.Option(help="Largest weights file. [default: 5GB]")] = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    max_shard_size: RecipeShardSize = None,
     allow_nonfinite: Annotated[
         bool | None, typer.Option("--allow-nonfinite", help="Take NaN and Inf as they are.")
     ] = None,
     verify: Annotated[bool, typer.Option(help="Hold the result against what it is made of.")] = True,
-    manifest: Annotated[bool, typer.Option(help="Digest every file; an interrupted run then resumes.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its bytes; write nothing.")] = False,
+    manifest: Manifest = True,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -269,13 +281,6 @@ def verify(
         show.certificate(certificate, json)
     if not certificate["passed"]:
         raise typer.Exit(1)
-
-
-Moe = Annotated[str, typer.Argument(help="Mixture, ours or one of Transformers' own: a folder or a Hub id.")]
-Output = Annotated[Path, typer.Argument(help="Folder to make.")]
-ShardSize = Annotated[str, typer.Option(help="Largest weights file.")]
-Manifest = Annotated[bool, typer.Option(help="Digest every file; an interrupted run then resumes.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")]
 
 
 @app.command(epilog="Example: hf-moe downcycle ./bert-moe ./bert-again --text text.txt")

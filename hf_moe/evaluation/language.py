@@ -74,7 +74,7 @@ def measure_language(predictions: Any, labels: Any, prepared: Any, split: str) -
             "predicted."
         ]
 
-    numbers = prepared.details.get(split) or range(len(losses))
+    numbers = prepared.details[split]["example"] if split in prepared.details else range(len(losses))
 
     def statistic(rows: np.ndarray) -> float:
         return float(losses[rows].sum() / tokens[rows].sum())

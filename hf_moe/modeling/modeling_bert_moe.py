@@ -20,21 +20,17 @@ from transformers.models.bert.modeling_bert import (
 )
 
 from .configuration_bert_moe import BertMoeConfig
-from .modeling_moe import (
+from .modeling_moe import MoeChunkLayerMixin, MoePreTrainedModelMixin, body_forward, head_forward, rebind
+from .moe_outputs import (
     MoeBaseModelOutputWithPoolingAndCrossAttentions,
     MoeCausalLMOutputWithCrossAttentions,
-    MoeChunkLayerMixin,
     MoeMaskedLMOutput,
     MoeMultipleChoiceModelOutput,
     MoeNextSentencePredictorOutput,
-    MoePreTrainedModelMixin,
     MoeQuestionAnsweringModelOutput,
     MoeSequenceClassifierOutput,
     MoeTokenClassifierOutput,
     RouterOutput,
-    body_forward,
-    head_forward,
-    rebind,
 )
 
 

@@ -12,17 +12,9 @@ from transformers.models.dinov2.modeling_dinov2 import (
 )
 
 from .configuration_dinov2_moe import Dinov2MoeConfig
-from .modeling_moe import (
-    MoeBaseModelOutput,
-    MoeBaseModelOutputWithPooling,
-    MoeImageClassifierOutput,
-    MoePreTrainedModelMixin,
-    RouterOutput,
-    body_forward,
-    head_forward,
-    rebind,
-)
+from .modeling_moe import MoePreTrainedModelMixin, body_forward, head_forward, rebind
 from .moe_layers import MoeBlock
+from .moe_outputs import MoeBaseModelOutput, MoeBaseModelOutputWithPooling, MoeImageClassifierOutput, RouterOutput
 
 
 @dataclass

@@ -12,19 +12,16 @@ from transformers.models.distilbert.modeling_distilbert import (
 )
 
 from .configuration_distilbert_moe import DistilBertMoeConfig
-from .modeling_moe import (
+from .modeling_moe import MoePreTrainedModelMixin, body_forward, head_forward, rebind
+from .moe_layers import MoeBlock
+from .moe_outputs import (
     MoeBaseModelOutput,
     MoeMaskedLMOutput,
     MoeMultipleChoiceModelOutput,
-    MoePreTrainedModelMixin,
     MoeQuestionAnsweringModelOutput,
     MoeSequenceClassifierOutput,
     MoeTokenClassifierOutput,
-    body_forward,
-    head_forward,
-    rebind,
 )
-from .moe_layers import MoeBlock
 
 
 class DistilBertMoeTransformer(Transformer):

@@ -19,20 +19,16 @@ from transformers.models.electra.modeling_electra import (
 )
 
 from .configuration_electra_moe import ElectraMoeConfig
-from .modeling_moe import (
+from .modeling_moe import MoeChunkLayerMixin, MoePreTrainedModelMixin, body_forward, head_forward, rebind
+from .moe_outputs import (
     MoeBaseModelOutputWithPastAndCrossAttentions,
     MoeCausalLMOutputWithCrossAttentions,
-    MoeChunkLayerMixin,
     MoeMaskedLMOutput,
     MoeMultipleChoiceModelOutput,
-    MoePreTrainedModelMixin,
     MoeQuestionAnsweringModelOutput,
     MoeSequenceClassifierOutput,
     MoeTokenClassifierOutput,
     RouterOutput,
-    body_forward,
-    head_forward,
-    rebind,
 )
 
 

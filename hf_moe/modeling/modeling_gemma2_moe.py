@@ -11,18 +11,14 @@ from transformers.models.gemma2.modeling_gemma2 import (
 )
 
 from .configuration_gemma2_moe import Gemma2MoeConfig
-from .modeling_moe import (
+from .modeling_moe import MoePreTrainedModelMixin, auto_model_of, body_forward, head_forward, rebind
+from .moe_layers import MoeBlock
+from .moe_outputs import (
     MoeBaseModelOutputWithPast,
     MoeCausalLMOutputWithPast,
-    MoePreTrainedModelMixin,
     MoeSequenceClassifierOutputWithPast,
     MoeTokenClassifierOutput,
-    auto_model_of,
-    body_forward,
-    head_forward,
-    rebind,
 )
-from .moe_layers import MoeBlock
 
 
 class Gemma2MoeDecoderLayer(Gemma2DecoderLayer):

@@ -10,17 +10,9 @@ from transformers.models.gemma3.modeling_gemma3 import (
 )
 
 from .configuration_gemma3_text_moe import Gemma3TextMoeConfig
-from .modeling_moe import (
-    MoeBaseModelOutputWithPast,
-    MoeCausalLMOutputWithPast,
-    MoePreTrainedModelMixin,
-    MoeSequenceClassifierOutputWithPast,
-    auto_model_of,
-    body_forward,
-    head_forward,
-    rebind,
-)
+from .modeling_moe import MoePreTrainedModelMixin, auto_model_of, body_forward, head_forward, rebind
 from .moe_layers import MoeBlock
+from .moe_outputs import MoeBaseModelOutputWithPast, MoeCausalLMOutputWithPast, MoeSequenceClassifierOutputWithPast
 
 
 class Gemma3TextMoeDecoderLayer(Gemma3DecoderLayer):

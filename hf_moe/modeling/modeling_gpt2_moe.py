@@ -19,20 +19,17 @@ from transformers.models.gpt2.modeling_gpt2 import (
 )
 
 from .configuration_gpt2_moe import GPT2MoeConfig
-from .modeling_moe import (
+from .modeling_moe import MoePreTrainedModelMixin, body_forward, head_forward, rebind
+from .moe_experts import MoeExperts
+from .moe_layers import MoeBlock
+from .moe_outputs import (
     MoeBaseModelOutputWithPastAndCrossAttentions,
     MoeCausalLMOutputWithCrossAttentions,
-    MoePreTrainedModelMixin,
     MoeQuestionAnsweringModelOutput,
     MoeSequenceClassifierOutputWithPast,
     MoeTokenClassifierOutput,
     RouterOutput,
-    body_forward,
-    head_forward,
-    rebind,
 )
-from .moe_experts import MoeExperts
-from .moe_layers import MoeBlock
 
 
 @dataclass

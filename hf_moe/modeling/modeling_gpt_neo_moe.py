@@ -12,20 +12,15 @@ from transformers.models.gpt_neo.modeling_gpt_neo import (
 )
 
 from .configuration_gpt_neo_moe import GPTNeoMoeConfig
-from .modeling_moe import (
+from .modeling_moe import MoePreTrainedModelMixin, body_forward, capturing, handing_on, head_forward, rebind
+from .moe_layers import MoeBlock
+from .moe_outputs import (
     MoeBaseModelOutputWithPast,
     MoeCausalLMOutputWithPast,
-    MoePreTrainedModelMixin,
     MoeQuestionAnsweringModelOutput,
     MoeSequenceClassifierOutputWithPast,
     MoeTokenClassifierOutput,
-    body_forward,
-    capturing,
-    handing_on,
-    head_forward,
-    rebind,
 )
-from .moe_layers import MoeBlock
 
 
 class GPTNeoMoeBlock(GPTNeoBlock):

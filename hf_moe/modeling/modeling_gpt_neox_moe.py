@@ -12,18 +12,15 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 )
 
 from .configuration_gpt_neox_moe import GPTNeoXMoeConfig
-from .modeling_moe import (
+from .modeling_moe import MoePreTrainedModelMixin, body_forward, head_forward, rebind
+from .moe_layers import MoeBlock
+from .moe_outputs import (
     MoeBaseModelOutputWithPast,
     MoeCausalLMOutputWithPast,
-    MoePreTrainedModelMixin,
     MoeQuestionAnsweringModelOutput,
     MoeSequenceClassifierOutputWithPast,
     MoeTokenClassifierOutput,
-    body_forward,
-    head_forward,
-    rebind,
 )
-from .moe_layers import MoeBlock
 
 
 class GPTNeoXMoeLayer(GPTNeoXLayer):

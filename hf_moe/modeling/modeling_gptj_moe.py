@@ -11,19 +11,14 @@ from transformers.models.gptj.modeling_gptj import (
 )
 
 from .configuration_gptj_moe import GPTJMoeConfig
-from .modeling_moe import (
+from .modeling_moe import MoePreTrainedModelMixin, body_forward, capturing, handing_on, head_forward, rebind
+from .moe_layers import MoeBlock
+from .moe_outputs import (
     MoeBaseModelOutputWithPast,
     MoeCausalLMOutputWithPast,
-    MoePreTrainedModelMixin,
     MoeQuestionAnsweringModelOutput,
     MoeSequenceClassifierOutputWithPast,
-    body_forward,
-    capturing,
-    handing_on,
-    head_forward,
-    rebind,
 )
-from .moe_layers import MoeBlock
 
 
 class GPTJMoeBlock(GPTJBlock):

@@ -12,19 +12,15 @@ from transformers.models.mistral.modeling_mistral import (
 )
 
 from .configuration_mistral_moe import MistralMoeConfig
-from .modeling_moe import (
+from .modeling_moe import MoePreTrainedModelMixin, auto_model_of, body_forward, head_forward, rebind
+from .moe_layers import MoeBlock
+from .moe_outputs import (
     MoeBaseModelOutputWithPast,
     MoeCausalLMOutputWithPast,
-    MoePreTrainedModelMixin,
     MoeQuestionAnsweringModelOutput,
     MoeSequenceClassifierOutputWithPast,
     MoeTokenClassifierOutput,
-    auto_model_of,
-    body_forward,
-    head_forward,
-    rebind,
 )
-from .moe_layers import MoeBlock
 
 
 class MistralMoeDecoderLayer(MistralDecoderLayer):

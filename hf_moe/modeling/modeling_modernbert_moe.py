@@ -16,20 +16,17 @@ from transformers.models.modernbert.modeling_modernbert import (
 )
 
 from .configuration_modernbert_moe import ModernBertMoeConfig
-from .modeling_moe import (
+from .modeling_moe import MoePreTrainedModelMixin, body_forward, head_forward, rebind
+from .moe_experts import MoeExperts
+from .moe_layers import MoeBlock
+from .moe_outputs import (
     MoeBaseModelOutput,
     MoeMaskedLMOutput,
     MoeMultipleChoiceModelOutput,
-    MoePreTrainedModelMixin,
     MoeQuestionAnsweringModelOutput,
     MoeSequenceClassifierOutput,
     MoeTokenClassifierOutput,
-    body_forward,
-    head_forward,
-    rebind,
 )
-from .moe_experts import MoeExperts
-from .moe_layers import MoeBlock
 
 
 class ModernBertMoeEncoderLayer(ModernBertEncoderLayer):

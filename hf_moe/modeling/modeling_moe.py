@@ -13,7 +13,6 @@ import inspect
 import re
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,32 +23,16 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.modeling_outputs import (
-    BaseModelOutput,
-    BaseModelOutputWithPast,
-    BaseModelOutputWithPastAndCrossAttentions,
-    BaseModelOutputWithPooling,
-    BaseModelOutputWithPoolingAndCrossAttentions,
-    CausalLMOutputWithCrossAttentions,
-    CausalLMOutputWithPast,
-    ImageClassifierOutput,
-    MaskedLMOutput,
-    MultipleChoiceModelOutput,
-    NextSentencePredictorOutput,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-    SequenceClassifierOutputWithPast,
-    TokenClassifierOutput,
-)
 from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
 from .moe_balancing import move_selection_bias
-from .moe_experts import SORTED_MM, MoeExperts
+from .moe_experts import MoeExperts
 from .moe_layers import MoeBlock
 from .moe_losses import load_balancing_loss, mean_over_processes, refuse_nonfinite, router_entropy, router_z_loss
 from .moe_low_rank import LowRankExperts
 from .moe_routers import TopKRouter
+from .moe_sorted_mm import SORTED_MM
 from .moe_state import RouterState, checkpointed, hand_down, take_back
 
 logger = logging.get_logger(__name__)
@@ -458,95 +441,3 @@ class MoePreTrainedModelMixin(_Base):
         if self.training and self.config.router_aux_loss_scope == "global_batch":
             return mean_over_processes(share)
         return share
-
-
-@dataclass
-class RouterOutput(ModelOutput):
-    """The fields that a mixture adds to an output.
-
-    Args:
-        aux_loss: load-balancing loss, unweighted, averaged over the layers.
-        z_loss: router z-loss, likewise.
-        router_entropy: mean entropy of a token's probabilities, in nats, likewise.
-        router_logits: one (batch · sequence, num_experts) tensor a mixture layer, before the softmax.
-    """
-
-    aux_loss: torch.FloatTensor | None = None
-    z_loss: torch.FloatTensor | None = None
-    router_entropy: torch.FloatTensor | None = None
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
-
-
-@dataclass
-class MoeBaseModelOutput(RouterOutput, BaseModelOutput):
-    """The dense body's output with the router's fields, as are the classes below for other bodies and the heads."""
-
-
-@dataclass
-class MoeBaseModelOutputWithPast(RouterOutput, BaseModelOutputWithPast):
-    pass
-
-
-@dataclass
-class MoeBaseModelOutputWithPastAndCrossAttentions(RouterOutput, BaseModelOutputWithPastAndCrossAttentions):
-    pass
-
-
-@dataclass
-class MoeBaseModelOutputWithPooling(RouterOutput, BaseModelOutputWithPooling):
-    pass
-
-
-@dataclass
-class MoeBaseModelOutputWithPoolingAndCrossAttentions(RouterOutput, BaseModelOutputWithPoolingAndCrossAttentions):
-    pass
-
-
-@dataclass
-class MoeCausalLMOutputWithCrossAttentions(RouterOutput, CausalLMOutputWithCrossAttentions):
-    pass
-
-
-@dataclass
-class MoeCausalLMOutputWithPast(RouterOutput, CausalLMOutputWithPast):
-    pass
-
-
-@dataclass
-class MoeImageClassifierOutput(RouterOutput, ImageClassifierOutput):
-    pass
-
-
-@dataclass
-class MoeMaskedLMOutput(RouterOutput, MaskedLMOutput):
-    pass
-
-
-@dataclass
-class MoeMultipleChoiceModelOutput(RouterOutput, MultipleChoiceModelOutput):
-    pass
-
-
-@dataclass
-class MoeNextSentencePredictorOutput(RouterOutput, NextSentencePredictorOutput):
-    pass
-
-
-@dataclass
-class MoeQuestionAnsweringModelOutput(RouterOutput, QuestionAnsweringModelOutput):
-    pass
-
-
-@dataclass
-class MoeSequenceClassifierOutput(RouterOutput, SequenceClassifierOutput):
-    pass
-
-
-@dataclass
-class MoeSequenceClassifierOutputWithPast(RouterOutput, SequenceClassifierOutputWithPast):
-    pass
-
-
-@dataclass
-class MoeTokenClassifierOutput(RouterOutput, TokenClassifierOutput):
-    pass

@@ -13,21 +13,16 @@ from transformers.models.mpnet.modeling_mpnet import (
 )
 
 from .configuration_mpnet_moe import MPNetMoeConfig
-from .modeling_moe import (
+from .modeling_moe import MoePreTrainedModelMixin, body_forward, capturing, handing_on, head_forward, rebind
+from .moe_layers import MoeBlock
+from .moe_outputs import (
     MoeBaseModelOutputWithPooling,
     MoeMaskedLMOutput,
     MoeMultipleChoiceModelOutput,
-    MoePreTrainedModelMixin,
     MoeQuestionAnsweringModelOutput,
     MoeSequenceClassifierOutput,
     MoeTokenClassifierOutput,
-    body_forward,
-    capturing,
-    handing_on,
-    head_forward,
-    rebind,
 )
-from .moe_layers import MoeBlock
 
 
 class MPNetMoeEncoder(MPNetEncoder):

@@ -15,17 +15,14 @@ from transformers.models.opt.modeling_opt import (
 )
 
 from .configuration_opt_moe import OPTMoeConfig
-from .modeling_moe import (
+from .modeling_moe import MoePreTrainedModelMixin, body_forward, head_forward, rebind
+from .moe_layers import MoeBlock
+from .moe_outputs import (
     MoeBaseModelOutputWithPast,
     MoeCausalLMOutputWithPast,
-    MoePreTrainedModelMixin,
     MoeQuestionAnsweringModelOutput,
     MoeSequenceClassifierOutputWithPast,
-    body_forward,
-    head_forward,
-    rebind,
 )
-from .moe_layers import MoeBlock
 
 
 class OPTMoeDecoderLayer(OPTDecoderLayer):

@@ -11,18 +11,14 @@ from transformers.models.phi.modeling_phi import (
 )
 
 from .configuration_phi_moe import PhiMoeConfig
-from .modeling_moe import (
+from .modeling_moe import MoePreTrainedModelMixin, auto_model_of, body_forward, head_forward, rebind
+from .moe_layers import MoeBlock
+from .moe_outputs import (
     MoeBaseModelOutputWithPast,
     MoeCausalLMOutputWithPast,
-    MoePreTrainedModelMixin,
     MoeSequenceClassifierOutputWithPast,
     MoeTokenClassifierOutput,
-    auto_model_of,
-    body_forward,
-    head_forward,
-    rebind,
 )
-from .moe_layers import MoeBlock
 
 
 class PhiMoeDecoderLayer(PhiDecoderLayer):

@@ -12,19 +12,15 @@ from transformers.models.qwen2.modeling_qwen2 import (
 )
 
 from .configuration_qwen2_moe import Qwen2UpcycledMoeConfig
-from .modeling_moe import (
+from .modeling_moe import MoePreTrainedModelMixin, auto_model_of, body_forward, head_forward, rebind
+from .moe_layers import MoeBlock
+from .moe_outputs import (
     MoeBaseModelOutputWithPast,
     MoeCausalLMOutputWithPast,
-    MoePreTrainedModelMixin,
     MoeQuestionAnsweringModelOutput,
     MoeSequenceClassifierOutputWithPast,
     MoeTokenClassifierOutput,
-    auto_model_of,
-    body_forward,
-    head_forward,
-    rebind,
 )
-from .moe_layers import MoeBlock
 
 
 class Qwen2UpcycledMoeDecoderLayer(Qwen2DecoderLayer):

@@ -12,19 +12,15 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from .configuration_qwen3_moe import Qwen3UpcycledMoeConfig
-from .modeling_moe import (
+from .modeling_moe import MoePreTrainedModelMixin, auto_model_of, body_forward, head_forward, rebind
+from .moe_layers import MoeBlock
+from .moe_outputs import (
     MoeBaseModelOutputWithPast,
     MoeCausalLMOutputWithPast,
-    MoePreTrainedModelMixin,
     MoeQuestionAnsweringModelOutput,
     MoeSequenceClassifierOutputWithPast,
     MoeTokenClassifierOutput,
-    auto_model_of,
-    body_forward,
-    head_forward,
-    rebind,
 )
-from .moe_layers import MoeBlock
 
 
 class Qwen3UpcycledMoeDecoderLayer(Qwen3DecoderLayer):

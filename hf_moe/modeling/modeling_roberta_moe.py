@@ -15,19 +15,15 @@ from transformers.models.roberta.modeling_roberta import (
 )
 
 from .configuration_roberta_moe import RobertaMoeConfig
-from .modeling_moe import (
+from .modeling_moe import MoeChunkLayerMixin, MoePreTrainedModelMixin, body_forward, head_forward, rebind
+from .moe_outputs import (
     MoeBaseModelOutputWithPoolingAndCrossAttentions,
     MoeCausalLMOutputWithCrossAttentions,
-    MoeChunkLayerMixin,
     MoeMaskedLMOutput,
     MoeMultipleChoiceModelOutput,
-    MoePreTrainedModelMixin,
     MoeQuestionAnsweringModelOutput,
     MoeSequenceClassifierOutput,
     MoeTokenClassifierOutput,
-    body_forward,
-    head_forward,
-    rebind,
 )
 
 

@@ -11,16 +11,9 @@ from transformers.models.vit.modeling_vit import (
 )
 
 from .configuration_vit_moe import ViTMoeConfig
-from .modeling_moe import (
-    MoeBaseModelOutputWithPooling,
-    MoeImageClassifierOutput,
-    MoePreTrainedModelMixin,
-    RouterOutput,
-    body_forward,
-    head_forward,
-    rebind,
-)
+from .modeling_moe import MoePreTrainedModelMixin, body_forward, head_forward, rebind
 from .moe_layers import MoeBlock
+from .moe_outputs import MoeBaseModelOutputWithPooling, MoeImageClassifierOutput, RouterOutput
 
 
 @dataclass

@@ -15,16 +15,9 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import (
 )
 
 from .configuration_wav2vec2_moe import Wav2Vec2MoeConfig
-from .modeling_moe import (
-    MoePreTrainedModelMixin,
-    MoeSequenceClassifierOutput,
-    MoeTokenClassifierOutput,
-    RouterOutput,
-    body_forward,
-    head_forward,
-    rebind,
-)
+from .modeling_moe import MoePreTrainedModelMixin, body_forward, head_forward, rebind
 from .moe_layers import MoeBlock
+from .moe_outputs import MoeSequenceClassifierOutput, MoeTokenClassifierOutput, RouterOutput
 
 
 @dataclass

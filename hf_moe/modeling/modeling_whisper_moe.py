@@ -10,15 +10,9 @@ from transformers.models.whisper.modeling_whisper import (
 )
 
 from .configuration_whisper_moe import WhisperMoeConfig
-from .modeling_moe import (
-    MoeBaseModelOutput,
-    MoePreTrainedModelMixin,
-    MoeSequenceClassifierOutput,
-    body_forward,
-    head_forward,
-    rebind,
-)
+from .modeling_moe import MoePreTrainedModelMixin, body_forward, head_forward, rebind
 from .moe_layers import MoeBlock
+from .moe_outputs import MoeBaseModelOutput, MoeSequenceClassifierOutput
 
 
 class WhisperMoePreTrainedModel(MoePreTrainedModelMixin, WhisperPreTrainedModel):

@@ -15,19 +15,15 @@ from transformers.models.xlm_roberta.modeling_xlm_roberta import (
 )
 
 from .configuration_xlm_roberta_moe import XLMRobertaMoeConfig
-from .modeling_moe import (
+from .modeling_moe import MoeChunkLayerMixin, MoePreTrainedModelMixin, body_forward, head_forward, rebind
+from .moe_outputs import (
     MoeBaseModelOutputWithPoolingAndCrossAttentions,
     MoeCausalLMOutputWithCrossAttentions,
-    MoeChunkLayerMixin,
     MoeMaskedLMOutput,
     MoeMultipleChoiceModelOutput,
-    MoePreTrainedModelMixin,
     MoeQuestionAnsweringModelOutput,
     MoeSequenceClassifierOutput,
     MoeTokenClassifierOutput,
-    body_forward,
-    head_forward,
-    rebind,
 )
 
 

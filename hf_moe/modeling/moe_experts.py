@@ -4,181 +4,15 @@ Letters in names: B batch, S sequence, T tokens (B·S flattened), D hidden, E ex
 """
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
-SORTED_MM = "sorted_mm"
-
-
-def sorted_mm_experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """An experts implementation for the CPU, for every module of `use_experts_implementation`.
-
-    Assignments are sorted by expert, and every matrix product writes where its result belongs, gradients of the
-    weights too: a loop over slices of a parameter makes, and adds up, a gradient of all of it for each expert.
-    Elsewhere than on a CPU, and for torch.compile, it is `grouped_mm`.
-    """
-    experts: Any = self
-    if not runs_sorted(hidden_states):
-        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, top_k_index, top_k_weights)
-    if len(hidden_states) == 1 and not torch.is_grad_enabled():
-        [picked] = top_k_index.tolist()
-        if max(picked) < experts.num_experts:
-            y_KD = _network(experts, hidden_states, _one_by_one, picked)
-            return combine(y_KD, top_k_weights).to(hidden_states.dtype)
-    order_S, place_S, bounds = sort_assignments(top_k_index, experts.num_experts)
-    if not torch.is_grad_enabled():
-        y_SD = _expert_by_expert(experts, hidden_states[order_S // top_k_index.shape[1]], bounds)
-        return combine(y_SD[place_S], top_k_weights).to(hidden_states.dtype)
-    x_SD = _Gather.apply(hidden_states, order_S, place_S, top_k_index.shape[1])
-    y_SD = _network(experts, x_SD, _GroupedLinear.apply, bounds)
-    return _Combine.apply(y_SD, top_k_weights, order_S, place_S).to(hidden_states.dtype)
-
-
-def _network(experts: Any, x_SD: torch.Tensor, linear: Callable[..., torch.Tensor], whose: Any) -> torch.Tensor:
-    """What the experts make of rows; `linear` (rows, weight (E, O, I), bias (E, O), `whose`) finds each row's own."""
-
-    def project(x_SI: torch.Tensor, name: str) -> torch.Tensor:
-        weight = getattr(experts, name)
-        if torch.is_autocast_enabled("cpu"):
-            weight = weight.to(torch.get_autocast_dtype("cpu"))
-        weight_EOI = weight.transpose(-2, -1) if experts.is_transposed else weight
-        bias_EO = getattr(experts, f"{name}_bias").to(weight.dtype) if experts.has_bias else None
-        return linear(x_SI.to(weight.dtype), weight_EOI, bias_EO, whose)
-
-    h_SF = project(x_SD, "gate_up_proj" if experts.has_gate else "up_proj")
-    h_SF = experts._apply_gate(h_SF) if experts.has_gate else experts.act_fn(h_SF)
-    y_SD = project(h_SF, "down_proj")
-    return experts.post_expert_norm(y_SD) if experts.has_post_expert_norm else y_SD
-
-
-def _expert_by_expert(experts: Any, x_SD: torch.Tensor, bounds: list[int]) -> torch.Tensor:
-    """What each expert makes of its rows, activations while they are in the cache; 0 behind the last expert's."""
-    made = [
-        _network(experts, x_SD[start:end], _of_one, expert)
-        for expert, (start, end) in enumerate(pairwise(bounds))
-        if start < end
-    ]
-    nobodys = len(x_SD) - bounds[-1]
-    return torch.cat([*made, x_SD.new_zeros(nobodys, x_SD.shape[1])]) if nobodys or not made else torch.cat(made)
-
-
-def _of_one(x: torch.Tensor, weight_EOI: torch.Tensor, bias_EO: torch.Tensor | None, expert: int) -> torch.Tensor:
-    return functional.linear(x, weight_EOI[expert], None if bias_EO is None else bias_EO[expert])
-
-
-def _one_by_one(
-    x: torch.Tensor, weight_EOI: torch.Tensor, bias_EO: torch.Tensor | None, picked: list[int]
-) -> torch.Tensor:
-    """One token's experts (K, O): its row (1, I) by each of them, or theirs (K, I) each by its own."""
-    rows = x.split(1) if len(x) > 1 else [x] * len(picked)
-    return torch.cat([_of_one(row, weight_EOI, bias_EO, e) for row, e in zip(rows, picked, strict=True)])
-
-
-def runs_sorted(hidden_states: torch.Tensor) -> bool:
-    """Whether `sorted_mm` runs itself: the number of an expert's tokens must be known, which costs a GPU its queue and
-    torch.compile its graph."""
-    return hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def sort_assignments(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """`top_k_index` (T, K) -> (S,) assignments in the order of their experts, S = T·K; (S,) where each of them is in
-    that order; and where each expert's begin and end. Those of no expert (index E and above) come last."""
-    expert_S = top_k_index.reshape(-1)
-    order_S = expert_S.argsort(stable=True)
-    place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S)))
-    counts = torch.bincount(expert_S, minlength=num_experts)[:num_experts]
-    return order_S, place_S, [0, *counts.cumsum(0).tolist()]
-
-
-def combine(y_SD: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
-    """Each token's K rows of `y`, in the tokens' order, times its gates, summed: (T, D) in the wider dtype."""
-    dtype = torch.promote_types(y_SD.dtype, gates_TK.dtype)
-    y_TKD = y_SD.to(dtype).unflatten(0, gates_TK.shape)
-    return torch.bmm(gates_TK[:, None].to(dtype), y_TKD)[:, 0]
-
-
-class _GroupedLinear(torch.autograd.Function):
-    """`linear(x[start:end], weight[e], bias[e])` for each expert's rows; 0 behind the last expert's."""
-
-    @staticmethod
-    def forward(ctx, x_SI, weight_EOI, bias_EO, bounds):
-        ctx.save_for_backward(x_SI, weight_EOI)
-        ctx.bounds = bounds
-        y_SO = x_SI.new_empty(len(x_SI), weight_EOI.shape[1])
-        for expert, (start, end) in enumerate(pairwise(bounds)):
-            rows, out, weight_IO = x_SI[start:end], y_SO[start:end], weight_EOI[expert].t()
-            if bias_EO is None:
-                torch.mm(rows, weight_IO, out=out)
-            else:
-                torch.addmm(bias_EO[expert], rows, weight_IO, out=out)
-        y_SO[bounds[-1] :].zero_()
-        return y_SO
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_SO):
-        x_SI, weight_EOI = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        grad_SO = grad_SO.contiguous()
-        x_grad: Any = torch.empty_like(x_SI) if wants_x else None
-        weight_grad: Any = torch.empty_like(weight_EOI) if wants_weight else None
-        bias_grad: Any = grad_SO.new_empty(weight_EOI.shape[:2]) if wants_bias else None
-        for expert, (start, end) in enumerate(pairwise(ctx.bounds)):
-            rows = grad_SO[start:end]
-            if wants_x:
-                torch.mm(rows, weight_EOI[expert], out=x_grad[start:end])
-            if wants_weight:
-                torch.mm(rows.t(), x_SI[start:end], out=weight_grad[expert])
-            if wants_bias:
-                torch.sum(rows, 0, out=bias_grad[expert])
-        if wants_x:
-            x_grad[ctx.bounds[-1] :].zero_()
-        return x_grad, weight_grad, bias_grad, None
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of `x` (T, D), each K times, in the order of their experts; gradients are gathered too, not scattered."""
-
-    @staticmethod
-    def forward(ctx, x_TD, order_S, place_S, top_k):
-        ctx.place_S, ctx.top_k = place_S, top_k
-        return x_TD.index_select(0, order_S // top_k)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_SD):
-        return grad_SD.index_select(0, ctx.place_S).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
-
-
-class _Combine(torch.autograd.Function):
-    """Each token's K rows of `y` (S, D) times its gates (T, K), summed in the gates' dtype."""
-
-    @staticmethod
-    def forward(ctx, y_SD, gates_TK, order_S, place_S):
-        ctx.save_for_backward(y_SD, gates_TK, order_S, place_S)
-        return combine(y_SD.index_select(0, place_S), gates_TK)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_TD):
-        y_SD, gates_TK, order_S, place_S = ctx.saved_tensors
-        grad_SD = grad_TD.index_select(0, order_S // gates_TK.shape[1])
-        y_grad = (grad_SD * gates_TK.flatten()[order_S, None]).to(y_SD.dtype) if ctx.needs_input_grad[0] else None
-        gates_grad = (grad_SD * y_SD).sum(1)[place_S].view_as(gates_TK) if ctx.needs_input_grad[1] else None
-        return y_grad, gates_grad, None, None
-
-
-ExpertsInterface.register(SORTED_MM, sorted_mm_experts_forward)
+from .moe_sorted_mm import SORTED_MM, runs_sorted, sorted_mm_experts_forward
 
 
 def activation(name: str, dropout: float) -> nn.Module:
@@ -259,7 +93,7 @@ class MoeExperts(_DispatchedExperts):
         """`hidden_states` (T, D), `top_k_index` and `top_k_weights` (T, K) -> (T, D)."""
         implementation = self.config._experts_implementation
         # This file's function, whatever another version of it has registered since.
-        if implementation == SORTED_MM and runs_sorted(hidden_states):
+        if implementation == SORTED_MM and runs_sorted(self, hidden_states):
             return sorted_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
         if implementation in ("grouped_mm", SORTED_MM) and not self._grouped_mm_fits(hidden_states.dtype):
             return self.loop(hidden_states, top_k_index, top_k_weights)

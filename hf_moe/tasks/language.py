@@ -39,15 +39,16 @@ def prepare_language(context: Context) -> Encoded:
         splits={split: rows for split, (rows, _) in made.items()},
         collator=_collator(settings, tokenizer, masked),
         report={split: counted for split, (_, counted) in made.items()},
-        details={split: _numbers_of_texts(context, split) for split in context.raw if not settings.packing},
+        details={split: _texts(context, split) for split in context.raw if split != "train" and not settings.packing},
     )
 
 
-def _numbers_of_texts(context: Context, split: str) -> list[int] | None:
-    """Which rows of the file are texts; the others are left out."""
-    if context.settings.streaming and split == "train":
-        return None
-    return [row for row, text in enumerate(context.raw[split][context.columns["text"]]) if text.strip()]
+def _texts(context: Context, split: str) -> Any:
+    """Which row of the file each text is, as `example`; rows without text are left out."""
+    from datasets import Dataset
+
+    texts = context.raw[split][context.columns["text"]]
+    return Dataset.from_dict({"example": [row for row, text in enumerate(texts) if text.strip()]})
 
 
 def _encode(context: Context, split: str, masked: bool) -> tuple[Any, dict[str, Any]]:

