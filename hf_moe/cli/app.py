@@ -433,7 +433,7 @@ app.command(
     epilog="Example: hf-moe cv recipe.yaml --folds 5 --group-col author --output_dir ./cv",
 )(cv)
 app.command(epilog="Example: hf-moe expand-experts ./low-rank ./moe")(expand_experts)
-app.command(epilog="Example: hf-moe publish ./bert-moe me/bert-moe --private --base-model google-bert/bert-base-uncased")(
-    publish
-)
+app.command(
+    epilog="Example: hf-moe publish ./bert-moe me/bert-moe --private --base-model google-bert/bert-base-uncased"
+)(publish)
 app.command(epilog="Example: hf-moe card ./bert-moe me/bert-moe --base-model google-bert/bert-base-uncased")(card)

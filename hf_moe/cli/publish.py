@@ -70,8 +70,6 @@ def publish(
         show.published(made)
 
 
-def card(
-    path: Folder, repo_id: RepoId, base_model: BaseModel = None, report: Reports = None
-) -> None:
+def card(path: Folder, repo_id: RepoId, base_model: BaseModel = None, report: Reports = None) -> None:
     """Print the card that `publish` would make, without what only its bases' repositories know."""
     print(hub.make_card(path, repo_id, base_model=base_model or [], reports=report or []), end="")

@@ -65,7 +65,7 @@ def check_loads(staged: Staged) -> int:
         found, found_ids = _in_clean_process(staged, job, Path(scratch))
     _compare(staged.source, expected, found)
     if found_ids != ids:
-        raise SourceError(f"{staged.source}: its tokenizer gives other tokens from the staged folder; nothing was sent.")
+        raise SourceError(f"{staged.source}: its tokenizer gives other tokens when staged; nothing was sent.")
     return sum(value.numel() for value in expected.values())
 
 

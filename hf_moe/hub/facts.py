@@ -45,7 +45,7 @@ def kind_of(staged: Staged) -> str:
         return FUSED
     if config.get("upcycled_from"):
         return UPCYCLED
-    raise SourceError(f"{staged.source}: nothing in it tells what it was made from; --no-card publishes without a card.")
+    raise SourceError(f"{staged.source}: nothing in it tells what it was made from; --no-card publishes without one.")
 
 
 def gather(staged: Staged, repo_id: str, bases: list[Base]) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def _evaluation(report: dict[str, Any] | None, own: str) -> dict[str, Any] | Non
 
 
 def _experts(told: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What the artefact's own file says: which tensors, how they are kept, and how far they are from the tuned ones."""
+    """What the artefact's own file says: which tensors, how they are kept, how far they are from the tuned ones."""
     if told is None:
         return None
     tensors = list(told["tensors"].values())

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -108,8 +109,9 @@ def publish(
             repo_id = _full_name(repo_id, api)
         text = _write_card(staged, repo_id, base_model, None if dry_run else api) if card else None
         seal(staged)
+        files = staged.files
         if dry_run:
-            return Published(repo_id, staged.files, staged.left_out, card=text)
+            return Published(repo_id, files, staged.left_out, card=text)
         progress("loading in a clean process")
         compared = check_loads(staged)
         progress("sending")
@@ -123,7 +125,7 @@ def publish(
             message=commit_message or MESSAGE,
             tags=tags,
         )
-    return Published(repo_id, staged.files, staged.left_out, compared=compared, card=text, **sent)
+    return Published(repo_id, files, staged.left_out, compared=compared, card=text, **sent)
 
 
 def make_card(
@@ -163,7 +165,7 @@ def _send(
     create_pr: bool,
     message: str,
     tags: Sequence[str],
-) -> dict[str, object]:
+) -> dict[str, Any]:
     with explained(repo_id):
         if not create_pr:
             api.create_repo(repo_id, private=private, exist_ok=True)

@@ -181,9 +181,11 @@ def _take(file: Path, to: Path, source: Path) -> None:
 
 
 def _add_report(report: Path, folder: Path) -> None:
-    names = [name for name in sorted(_names(report)) if any(_matches(name, one) for one in REPORT_FILES)] if (
-        report.is_dir()
-    ) else []
+    names = (
+        [name for name in sorted(_names(report)) if any(_matches(name, one) for one in REPORT_FILES)]
+        if (report.is_dir())
+        else []
+    )
     if not names:
         raise SourceError(f"{report}: is no folder of a report (with routing.json or metrics.json).")
     for name in names:

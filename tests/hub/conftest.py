@@ -16,7 +16,6 @@ http.time = types.SimpleNamespace(**{**vars(http.time), "sleep": lambda seconds:
 """
 
 
-
 @pytest.fixture
 def hub(tmp_path):
     with Hub(tmp_path / "hub") as running:
