@@ -197,7 +197,7 @@ def _experts(told: dict[str, Any] | None) -> dict[str, Any] | None:
     if told is None:
         return None
     tensors = list(told["tensors"].values())
-    places = sorted({(one["layer"], one["expert"]) for one in tensors if one.get("expert") is not None})
+    places = sorted({(one["layer"], str(one["expert"])) for one in tensors if one.get("expert") is not None})
     errors = [one["error"] for one in tensors if isinstance(one.get("error"), float | int)]
     return {
         "tensors": len(tensors),
@@ -233,9 +233,3 @@ def _limits(
     if model and model.get("num_experts") and model.get("parameters"):
         limits.append("All experts must be in memory, though a token visits only some of them.")
     return limits
-
-
-def base_files(staged: Staged) -> list[dict[str, Any]]:
-    """Of an artefact, its base as `sources_of` gives those of a model."""
-    told = read_json(staged.folder / EXPERTS_CONFIG)["base"]
-    return [{"source": told["repo"], "revision": told.get("commit"), "sha256": told.get("files") or {}}]

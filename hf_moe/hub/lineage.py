@@ -1,5 +1,6 @@
 """What a model descends from: repositories, checked against the digests it was made with, and what is inherited."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.repocard import metadata_load
 
+from hf_moe.convert.checkpoint import read_json
 from hf_moe.errors import SourceError, UsageError
 
 from .client import check_repo_id, explained
@@ -34,6 +36,30 @@ class Base:
     sha256: dict[str, str]
     repo_id: str | None
     metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def of_artefact(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The base of single experts, as `name` in their folder tells of it. Raises SourceError where it does not."""
+    base = read_json(folder / name).get("base")
+    if not isinstance(base, dict) or not isinstance(base.get("repo"), str) or not isinstance(base.get("files"), dict):
+        raise SourceError(f"{folder}: {name} does not name its base.")
+    return [{"source": base["repo"], "revision": base.get("commit"), "sha256": base["files"]}]
+
+
+def pin(folder: Path, name: str, base: Base, api: HfApi) -> None:
+    """Writes the repository and commit of the base of single experts, which whoever opens them will fetch.
+
+    Raises:
+        UsageError: where it has none.
+    """
+    if base.repo_id is None:
+        raise UsageError(f"{base.source!r}: single experts need their base; name its repository with --base-model.")
+    if base.revision is None:
+        with explained(base.repo_id):
+            commit = api.model_info(base.repo_id).sha
+        told = read_json(folder / name)
+        told["base"] |= {"repo": base.repo_id, "commit": commit}
+        (folder / name).write_text(json.dumps(told, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def find_bases(sources: Iterable[dict[str, Any]], given: Sequence[str], where: Path) -> list[Base]:

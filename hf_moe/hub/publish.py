@@ -15,9 +15,9 @@ from hf_moe.errors import UsageError
 from . import card as cards
 from .checks import check_loads
 from .client import api_at, check_repo_id, explained
-from .facts import base_files, gather
-from .lineage import find_bases, look_up
-from .staging import CARD, Staged, digest_weights, is_allowed, seal, sources_of, stage
+from .facts import gather
+from .lineage import Base, find_bases, look_up, of_artefact, pin
+from .staging import CARD, EXPERTS_CONFIG, Staged, digest_weights, is_allowed, seal, sources_of, stage
 
 MAIN = "main"
 MESSAGE = "Published by hf_moe"
@@ -107,7 +107,12 @@ def publish(
         digest_weights(staged)
         if not dry_run:
             repo_id = _full_name(repo_id, api)
-        text = _write_card(staged, repo_id, base_model, None if dry_run else api) if card else None
+        text = None
+        if card or staged.is_artefact:
+            bases = _bases(staged, base_model, None if dry_run else api)
+        if card:
+            text = cards.render(gather(staged, repo_id, bases))
+            (staged.folder / CARD).write_text(text, encoding="utf-8")
         seal(staged)
         files = staged.files
         if dry_run:
@@ -147,12 +152,16 @@ def _full_name(repo_id: str, api: HfApi) -> str:
     return repo_id if "/" in repo_id else f"{user}/{repo_id}"
 
 
-def _write_card(staged: Staged, repo_id: str, base_model: Sequence[str], api: HfApi | None) -> str:
-    sources = base_files(staged) if staged.is_artefact else sources_of(staged.config)
-    bases = find_bases(sources, base_model, staged.source)
-    text = cards.render(gather(staged, repo_id, look_up(bases, api) if api else bases))
-    (staged.folder / CARD).write_text(text, encoding="utf-8")
-    return text
+def _bases(staged: Staged, base_model: Sequence[str], api: HfApi | None) -> list[Base]:
+    """What the folder comes from; with `api`, looked up there, and of single experts written down."""
+    found = of_artefact(staged.folder, EXPERTS_CONFIG) if staged.is_artefact else sources_of(staged.config)
+    bases = find_bases(found, base_model, staged.source)
+    if api is None:
+        return bases
+    bases = look_up(bases, api)
+    if staged.is_artefact:
+        pin(staged.folder, EXPERTS_CONFIG, bases[0], api)
+    return bases
 
 
 def _send(
