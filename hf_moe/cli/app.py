@@ -10,6 +10,7 @@ from hf_moe.cli import show
 from hf_moe.cli.cross_validate import cv
 from hf_moe.cli.evaluate import evaluate
 from hf_moe.cli.expand import expand_experts
+from hf_moe.cli.experts import experts
 from hf_moe.cli.options import (
     DryRun,
     Dtype,
@@ -432,3 +433,4 @@ app.command(
     epilog="Example: hf-moe cv recipe.yaml --folds 5 --group-col author --output_dir ./cv",
 )(cv)
 app.command(epilog="Example: hf-moe expand-experts ./low-rank ./moe")(expand_experts)
+app.add_typer(experts)

@@ -26,6 +26,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
+from .moe_artefact import opening_artefacts
 from .moe_balancing import move_selection_bias
 from .moe_experts import MoeExperts
 from .moe_layers import MoeBlock
@@ -279,6 +280,12 @@ class MoePreTrainedModelMixin(_Base):
         return super().get_correct_experts_implementation(
             SORTED_MM if requested_experts is None else requested_experts
         )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As Transformers'; of what holds single experts only (`experts.safetensors`), the base is fetched too."""
+        load = super().from_pretrained
+        return opening_artefacts(load, cls, pretrained_model_name_or_path, model_args, kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel") -> None:

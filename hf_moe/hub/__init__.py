@@ -1,0 +1,1 @@
+"""The Hub: publishing whole models, and single experts."""
