@@ -16,7 +16,6 @@ from hf_moe.convert.conversion import write_config
 from hf_moe.convert.headers import TensorInfo, read_header
 from hf_moe.convert.manifest import write_manifest
 from hf_moe.convert.mixture import Mixture
-from hf_moe.convert.slots import SHARED
 from hf_moe.errors import SourceError, UsageError
 from hf_moe.modeling import moe_artefact, moe_native_artefact
 from hf_moe.modeling.configuration_moe import MoeConfigMixin
@@ -34,7 +33,17 @@ _AUTO = (
     "AutoModelForTokenClassification",
     "AutoModelForQuestionAnswering",
 )
-_ENTRY = {"shape": list, "dtype": str, "sha256": str, "layer": int, "how": str, "into": str, "start": int}
+_BASE: dict[str, tuple[type, ...]] = {"repo": (str,), "commit": (str, type(None)), "files": (dict,)}
+_ENTRY: dict[str, tuple[type, ...]] = {
+    "shape": (list,),
+    "dtype": (str,),
+    "sha256": (str,),
+    "layer": (int,),
+    "expert": (int, str),
+    "how": (str,),
+    "into": (str,),
+    "start": (int,),
+}
 
 
 @dataclass(frozen=True)
@@ -106,27 +115,21 @@ def check_described(held: dict[str, Any], source: str) -> dict[str, Any]:
     where = f"{source}: {CONFIG_NAME}"
     if held.get("format") != FORMAT:
         raise SourceError(f"{where} is of format {held.get('format')!r}; this version reads format {FORMAT}.")
-    base = held.get("base")
-    if not isinstance(base, dict) or not isinstance(base.get("repo"), str) or not isinstance(base.get("files"), dict):
+    base, tensors = held.get("base"), held.get("tensors")
+    if not (_fits(base, _BASE) and base["files"] and all(isinstance(one, str) for one in base["files"].values())):
         raise SourceError(f"{where} does not name its base.")
-    if not isinstance(base.get("commit"), str | None) or not all(
-        isinstance(one, str) for one in base["files"].values()
-    ):
-        raise SourceError(f"{where} does not name its base.")
-    tensors = held.get("tensors")
     if not isinstance(tensors, dict) or not tensors:
         raise SourceError(f"{where} names no tensors.")
     for name, entry in tensors.items():
-        wrong = not isinstance(entry, dict) or [
-            key for key, kind in _ENTRY.items() if type(entry.get(key)) is not kind
-        ]
-        if wrong or not all(type(side) is int and side >= 0 for side in entry["shape"]):
-            raise SourceError(f"{where} does not say what tensor {name!r} is.")
-        if not (type(entry.get("expert")) is int or entry.get("expert") == SHARED) or entry["how"] not in DECODERS:
-            raise SourceError(f"{where} does not say what tensor {name!r} is.")
-        if entry["how"] == "sparse" and not (type(entry.get("count")) is int and entry["count"] >= 0):
+        if not (
+            _fits(entry, _ENTRY) and entry["how"] in DECODERS and all(type(side) is int for side in entry["shape"])
+        ):
             raise SourceError(f"{where} does not say what tensor {name!r} is.")
     return held
+
+
+def _fits(held: Any, kinds: dict[str, tuple[type, ...]]) -> bool:
+    return isinstance(held, dict) and all(type(held.get(key)) in kind for key, kind in kinds.items())
 
 
 def base_of(checkpoint: Checkpoint) -> dict[str, Any]:
