@@ -179,7 +179,7 @@ def open_mixture(checkpoint: Checkpoint) -> Mixture:
         SourceError: where it holds none that is known, or its tensors are not those that its configuration promises.
     """
     layout = _layout(checkpoint)
-    config = _config(checkpoint)
+    config = config_of(checkpoint)
     layers, body, block, form = _find(checkpoint, layout)
     _check_layers(checkpoint, config, layout, layers)
     mixture = Mixture(
@@ -209,7 +209,9 @@ def _layout(checkpoint: Checkpoint) -> Layout:
     return Layout(family.layer, ((family.block, our_form(family.gate is not None)),))
 
 
-def _config(checkpoint: Checkpoint) -> PretrainedConfig:
+def config_of(checkpoint: Checkpoint) -> PretrainedConfig:
+    """Its configuration; errors as in `open_mixture`."""
+    _layout(checkpoint)
     model_type = str(checkpoint.config["model_type"])
     config_class = _OURS[model_type].config_class if model_type in _OURS else transformers.CONFIG_MAPPING[model_type]
     return make_config(config_class, checkpoint.config, SourceError, f"{checkpoint.path}: config.json is refused")

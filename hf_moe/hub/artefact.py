@@ -43,6 +43,7 @@ _ENTRY: dict[str, tuple[type, ...]] = {
     "how": (str,),
     "into": (str,),
     "start": (int,),
+    "error": (float, int),
 }
 
 

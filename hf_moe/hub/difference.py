@@ -1,5 +1,6 @@
 """Which experts, routers and other tensors of a mixture a tuned copy of it has changed."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,12 +43,13 @@ class Difference:
     others: dict[str, list[str]]
 
     def describe(self) -> dict[str, Any]:
-        """For JSON: LAYER.EXPERT of what changed; of experts, the largest relative change of their tensors."""
-        experts: dict[str, float] = {}
+        """For JSON: LAYER.EXPERT of what changed; of experts, the largest relative change of their tensors, None where
+        that is no number."""
+        experts: dict[str, float | None] = {}
         for name, change in self.changed.items():
-            slot = self.slots[name]
-            if not slot.is_router:
-                experts[slot.key] = max(change, experts.get(slot.key, 0.0))
+            key, known = self.slots[name].key, experts.get(self.slots[name].key, 0.0)
+            if not self.slots[name].is_router:
+                experts[key] = None if known is None or not math.isfinite(change) else max(change, known)
         routers = {self.slots[name].key for name in self.changed if self.slots[name].is_router}
         order = dict.fromkeys(slot.key for slot in self.slots.values())
         return {

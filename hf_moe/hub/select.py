@@ -74,6 +74,29 @@ def parse_spec(text: str) -> Spec:
     return Spec(source, revision or None, choices)
 
 
+def parse_specs(texts: Iterable[str]) -> Spec:
+    """Several of one repository and revision, as one. Errors as in `parse_choices`, or where they are of several."""
+    specs = [parse_spec(text) for text in texts]
+    first = specs[0]
+    for spec in specs:
+        if (spec.source, spec.revision) != (first.source, first.revision):
+            raise UsageError(
+                f"{spec.source}: is another repository or revision than {first.source}; pull one at a time (compose "
+                "takes several)."
+            )
+    whole = any(not spec.choices for spec in specs)
+    return Spec(first.source, first.revision, () if whole else tuple(c for spec in specs for c in spec.choices))
+
+
+def parse_indices(texts: Iterable[str]) -> list[tuple[int, int]]:
+    """Of LAYER.EXPERT, without stars. Errors as in `parse_choices`."""
+    choices = parse_choices(texts)
+    for choice in choices:
+        if choice.to or not (choice.layer + choice.expert).isdigit():
+            raise UsageError(f"{choice}: is no single expert; write LAYER.EXPERT, as 0.3.")
+    return [(int(choice.layer), int(choice.expert)) for choice in choices]
+
+
 def chosen(keys: Iterable[str], choices: tuple[Choice, ...], where: str) -> set[str]:
     """Of the experts `keys`, LAYER.EXPERT each, those that are chosen; all where nothing is.
 

@@ -377,12 +377,14 @@ class MoePreTrainedModelMixin(_Base):
         move_selection_bias(routers, self.config.router_bias_update_rate)
 
     def post_init(self):
-        built, wanted = sum(isinstance(m, MoeBlock) for m in self.modules()), len(self.config.moe_layer_indices)
-        if built != wanted:
+        blocks, layers = [m for m in self.modules() if isinstance(m, MoeBlock)], self.config.moe_layer_indices
+        if len(blocks) != len(layers):
             raise ImportError(
-                f"{type(self).__name__} was built with {built} mixture layers, not {wanted}: "
+                f"{type(self).__name__} was built with {len(blocks)} mixture layers, not {len(layers)}: "
                 "this version of the model code does not fit the installed Transformers."
             )
+        for block, layer in zip(blocks, layers, strict=True):
+            block.gate.disabled = tuple((self.config.disabled_experts or {}).get(str(layer), ()))
         if isinstance(self, GenerationMixin):
             if self.config.router_type == "expert_choice":
                 raise ValueError(

@@ -87,7 +87,7 @@ def decode(name: str, entry: dict[str, Any], stored: torch.Tensor, old: torch.Te
         if made.dtype != old.dtype:
             raise ValueError(f"it is of {made.dtype}")
         return made.reshape(old.shape)
-    except (zlib.error, KeyError, RuntimeError, IndexError, ValueError) as error:
+    except (zlib.error, KeyError, TypeError, RuntimeError, IndexError, ValueError) as error:
         raise ValueError(f"{name} does not fit the base's {old.dtype} of {list(old.shape)} ({error}).") from error
 
 

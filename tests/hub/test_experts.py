@@ -60,6 +60,7 @@ def test_diff_sees_the_sign_of_a_zero_and_other_tensors(made, tmp_path, hf_moe_c
     _, out, _ = hf_moe_command("experts", "diff", tmp_path / "one", tmp_path / "other", "--json")
     found = json.loads(out)
     assert found["experts"] == {"0.2": 0.0}
+    assert found["others_settings"] == []
     assert found["others_changed"] == ["bert.embeddings.LayerNorm.weight"]
 
 
@@ -124,3 +125,137 @@ def miss(opened, tuned, entry):
         model.state_dict()[entry["into"]].flatten()[entry["start"] :][:count].double() for model in (opened, tuned)
     )
     return (one - other).norm().item()
+
+
+@pytest.mark.parametrize("how", ["full", "xor"])
+def test_apply_gives_the_tuned_mixture(how, made, tmp_path, hf_moe_command):
+    export(hf_moe_command, made, tmp_path / "art", "--as", how)
+    code, _, err = hf_moe_command("experts", "apply", made / "base", tmp_path / "art", tmp_path / "again")
+    assert code == 0, err
+    got, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "again", made / "tuned"))
+    assert got.keys() == wanted.keys()
+    assert all(same(got[name], wanted[name]) for name in wanted)
+    assert torch.equal(outputs(tmp_path / "again")[0], outputs(made / "tuned")[0])
+    assert json.loads((tmp_path / "again" / "apply.json").read_text())["experts"] == ["0.1", "2.3"]
+
+
+def same(one, other):
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8)) and one.dtype == other.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", ["full", "xor"])
+def test_exact_ways_keep_every_bit(how, dtype, tmp_path, hf_moe_command):
+    """Zeros with a sign, and NaN with what they carry."""
+    tiny_moe(FAMILY).to(dtype).save_pretrained(tmp_path / "base")
+    shutil.copytree(tmp_path / "base", tmp_path / "tuned")
+    for folder, odd in (("base", [0.0, -0.0, 1.0]), ("tuned", [-0.0, 0.0, torch.nan])):
+        tensors = load_file(tmp_path / folder / "model.safetensors")
+        weight = tensors["bert.encoder.layer.2.mlp.experts.down_proj"]
+        weight[3, 0, :3] = torch.tensor(odd).to(dtype)
+        if folder == "tuned":
+            bits = torch.int32 if dtype == torch.float32 else torch.int16
+            weight.view(bits)[3, 0, 3] = -5  # a NaN with its sign and a payload
+        save_file(tensors, tmp_path / folder / "model.safetensors", metadata={"format": "pt"})
+    export(hf_moe_command, tmp_path, tmp_path / "art", "--as", how)
+    code, _, err = hf_moe_command("experts", "apply", tmp_path / "base", tmp_path / "art", tmp_path / "again")
+    assert code == 0, err
+    got, wanted = (load_file(tmp_path / folder / "model.safetensors") for folder in ("again", "tuned"))
+    assert all(same(got[name], wanted[name]) for name in wanted)
+    model = outputs(tmp_path / "art")[1].state_dict()
+    name = "bert.encoder.layer.2.mlp.experts.down_proj"
+    assert same(model[name], wanted[name])
+    code, _, err = hf_moe_command(
+        "experts", "export", tmp_path / "base", tmp_path / "tuned", tmp_path / "no", "--as", "delta"
+    )
+    assert code == 2
+    assert "NaN" in err
+
+
+@pytest.mark.parametrize(
+    ("family", "config"), [("llama", {}), ("bert", {"expert_rank": 2}), ("bert", {"router_type": "sigmoid"})]
+)
+def test_other_forms_of_experts(family, config, tmp_path, hf_moe_command):
+    """Gated ones, ones of low rank, and routers with more than rows: exported as xor, and applied again."""
+    shared = {"shared_expert_intermediate_size": 16}
+    tiny_moe(family, **config, **shared).save_pretrained(tmp_path / "base")
+    shutil.copytree(tmp_path / "base", tmp_path / "tuned")
+    tensors = load_file(tmp_path / "tuned" / "model.safetensors")
+    for name in tensors:
+        if ".experts." in name and (not config.get("expert_rank") or name.endswith(("_a", "_b"))):
+            tensors[name][1] += 0.01
+        elif ".gate." in name:
+            tensors[name][2] += 0.01
+        elif "shared_expert" in name:
+            tensors[name] += 0.01
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    said = export(hf_moe_command, tmp_path, tmp_path / "art", "--as", "xor")
+    assert said["complete"]
+    assert sorted(said["experts"]) == ["0.1", "0.2", "0.shared", "2.1", "2.2", "2.shared"]
+    code, _, err = hf_moe_command("experts", "apply", tmp_path / "base", tmp_path / "art", tmp_path / "again")
+    assert code == 0, err
+    got = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(same(got[name], tensors[name]) for name in tensors)
+
+
+def test_native_mixtures(dense_folder, tmp_path, hf_moe_command):
+    from transformers import AutoModelForCausalLM, MixtralForCausalLM
+
+    assert (
+        hf_moe_command(
+            "upcycle",
+            dense_folder("llama"),
+            tmp_path / "base",
+            "--target",
+            "native",
+            "--num-experts",
+            4,
+            "--no-verify",
+        )[0]
+        == 0
+    )
+    tuned = MixtralForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        tuned.model.layers[1].mlp.experts.gate_up_proj[2] *= 1.5
+        tuned.model.layers[1].mlp.gate.weight[2] += 0.5
+    tuned.save_pretrained(tmp_path / "tuned")
+    found = json.loads(hf_moe_command("experts", "diff", tmp_path / "base", tmp_path / "tuned", "--json")[1])
+    assert list(found["experts"]) == found["routers"] == ["1.2"]
+    export(hf_moe_command, tmp_path, tmp_path / "art", "--as", "xor")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "art", trust_remote_code=True)
+    inputs = batch("llama")
+    with torch.no_grad():
+        assert torch.equal(opened(**inputs).logits, tuned.eval()(**inputs).logits)
+    assert type(opened) is MixtralForCausalLM
+    with pytest.raises(OSError):  # without its code nothing of it is taken for a model
+        MixtralForCausalLM.from_pretrained(tmp_path / "art")
+
+
+def test_compose_takes_experts_of_several(made, tmp_path, hf_moe_command):
+    tune(made / "base", tmp_path / "law", {"0": [1]}, {"0": [1]}, seed=1)
+    tune(made / "base", tmp_path / "pets", {"0": [1], "2": [0]}, {"0": [1]}, seed=2)
+    for name in ("law", "pets"):
+        code, _, err = hf_moe_command(
+            "experts", "export", made / "base", tmp_path / name, tmp_path / f"{name}-art", "--as", "xor"
+        )
+        assert code == 0, err
+    law, pets = (str(tmp_path / f"{name}-art") for name in ("law", "pets"))
+    code, _, err = hf_moe_command("experts", "compose", made / "base", tmp_path / "clash", law, pets)
+    assert code == 2
+    assert "expert 0.1" in err
+    assert not (tmp_path / "clash").exists()
+    code, _, err = hf_moe_command("experts", "compose", made / "base", tmp_path / "both", law, f"{pets}#0.1=2.2,2.*")
+    assert code == 0, err
+    got, base, one, other = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "both", made / "base", tmp_path / "law", tmp_path / "pets")
+    )
+    for part in ("experts.up_proj", "experts.up_proj_bias", "experts.down_proj", "gate.weight"):
+        first, second = (f"bert.encoder.layer.{layer}.mlp.{part}" for layer in (0, 2))
+        assert same(got[first][1], one[first][1])
+        assert same(got[second][2], other[first][1])
+        assert same(got[second][0], other[second][0])
+        assert same(got[first][[0, 2, 3]], base[first][[0, 2, 3]])
+    code, *_ = hf_moe_command("experts", "compose", made / "base", tmp_path / "rows", law, "--router", "base")
+    gate = "bert.encoder.layer.0.mlp.gate.weight"
+    assert same(load_file(tmp_path / "rows" / "model.safetensors")[gate], base[gate])
