@@ -259,3 +259,130 @@ def test_compose_takes_experts_of_several(made, tmp_path, hf_moe_command):
     code, *_ = hf_moe_command("experts", "compose", made / "base", tmp_path / "rows", law, "--router", "base")
     gate = "bert.encoder.layer.0.mlp.gate.weight"
     assert same(load_file(tmp_path / "rows" / "model.safetensors")[gate], base[gate])
+
+
+def test_refuses_what_does_not_fit(made, tmp_path, hf_moe_command):
+    export(hf_moe_command, made, tmp_path / "art")
+    tiny_moe("gpt2").save_pretrained(tmp_path / "gpt2")
+    tiny_moe(FAMILY, moe_intermediate_size=32).save_pretrained(tmp_path / "narrow")
+    tiny_moe(FAMILY, num_experts=2).save_pretrained(tmp_path / "fewer")
+    tiny_moe(FAMILY).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    for name in ("named", "pointed", "unlike", "cut"):
+        shutil.copytree(tmp_path / "art", tmp_path / name)
+    (tmp_path / "named" / "experts.safetensors").rename(tmp_path / "named" / "model.safetensors")
+    edit(tmp_path / "pointed" / "config.json", transformers_weights="experts.safetensors")
+    edit(tmp_path / "unlike" / "experts_config.json", tensors={})
+    weights = (tmp_path / "cut" / "experts.safetensors").read_bytes()
+    (tmp_path / "cut" / "experts.safetensors").write_bytes(weights[:-9])
+    base, tuned, art = made / "base", made / "tuned", tmp_path / "art"
+    out = tmp_path / "out"
+    for line, code, words in [
+        (("apply", tmp_path / "gpt2", art, out), 2, ("gpt2_moe", "bert_moe")),
+        (("apply", tmp_path / "narrow", art, out), 2, ("width", "64", "32")),
+        (("apply", tmp_path / "fewer", art, out), 2, ("num_experts", "4", "2")),
+        (("compose", base, out, f"{art}#9.1"), 2, ("no expert 9.1",)),
+        (("compose", base, out, f"{art}#0.1=0.7"), 2, ("no expert 0.7",)),
+        (("compose", base, out, f"{art}#0.1=0.shared"), 2, ("no expert 0.shared",)),
+        (("compose", base, out, art, "--router", "fit"), 2, ("along, base",)),
+        (("apply", base, tmp_path / "named", out), 1, ("model.safetensors", "by accident")),
+        (("apply", base, tmp_path / "pointed", out), 1, ("transformers_weights",)),
+        (("apply", base, tmp_path / "unlike", out), 1, ("names no tensors",)),
+        (("apply", base, tmp_path / "cut", out), 1, ("cut short",)),
+        (("apply", base, tmp_path / "nowhere" / "at" / "all", out), 1, ("no such folder",)),
+        (("apply", base, tuned, out), 1, ("model.safetensors",)),
+        (("export", base, tmp_path / "gpt2", out), 2, ("gpt2_moe", "bert_moe")),
+        (("export", base, tmp_path / "narrow", out), 2, ("64", "32")),
+        (("export", base, tmp_path / "half", out), 2, ("BF16", "one dtype")),
+        (("export", base, base, out), 2, ("nothing to export",)),
+        (("export", base, tuned, out, "--experts", "0.9"), 2, ("no expert 0.9",)),
+        (("export", base, tuned, out, "--as", "zip"), 2, ("low-rank",)),
+        (("export", base, tuned, out, "--as", "low-rank"), 2, ("rank",)),
+        (("export", base, tuned, out, "--rank", "2"), 2, ("low-rank",)),
+        (("export", base, tuned, out, "--as", "sparse", "--density", "0"), 2, ("share",)),
+        (("export", base, tuned, art), 2, ("--overwrite",)),
+        (("export", base, tuned, base), 2, ("overlaps",)),
+        (("pull", str(art), out), 2, ("is a folder",)),
+    ]:
+        got, _, err = hf_moe_command("experts", *line)
+        assert got == code, (line, err)
+        assert all(word in err for word in words), (line, err)
+        assert len(err.strip().splitlines()) == 1, (line, err)
+    assert not out.exists()
+
+
+def edit(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_other_changes_are_not_dropped_silently(made, tmp_path, hf_moe_command):
+    shutil.copytree(made / "tuned", tmp_path / "tuned")
+    tensors = load_file(tmp_path / "tuned" / "model.safetensors")
+    tensors["bert.embeddings.LayerNorm.weight"] += 1
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    line = ("experts", "export", made / "base", tmp_path / "tuned", tmp_path / "art")
+    code, _, err = hf_moe_command(*line)
+    assert code == 2
+    assert "LayerNorm" in err
+    code, out, _ = hf_moe_command(*line, "--leave-others", "--json")
+    assert code == 0
+    assert not json.loads(out)["complete"]
+
+
+def test_a_choice_of_experts_is_exported(made, tmp_path, hf_moe_command):
+    said = export(hf_moe_command, made, tmp_path / "one", "--experts", "2.3")
+    assert said["experts"] == ["2.3"]
+    assert not said["complete"]
+    said = export(hf_moe_command, made, tmp_path / "layer", "--experts", "0.*", "--as", "sparse")
+    assert said["experts"] == ["0.0", "0.1", "0.2", "0.3"]  # those that are named, changed or not
+
+
+def test_low_rank_keeps_to_the_error_it_is_given(made, tmp_path, hf_moe_command):
+    loose = export(hf_moe_command, made, tmp_path / "loose", "--as", "low-rank", "--max-error", "0.9")
+    tight = export(hf_moe_command, made, tmp_path / "tight", "--as", "low-rank", "--max-error", "0.5")
+    assert 0.5 < loose["error"] <= 0.9
+    assert tight["error"] <= 0.5
+    assert loose["bytes"] < tight["bytes"]
+
+
+@pytest.mark.parametrize("how", ["full", "xor"])
+def test_a_failed_export_leaves_nothing(how, made, tmp_path, hf_moe_command, monkeypatch):
+    import hf_moe.hub.export as module
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_beside", full)
+    code, _, err = hf_moe_command("experts", "export", made / "base", made / "tuned", tmp_path / "art", "--as", how)
+    assert code == 1
+    assert "No space left" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_base_that_is_nowhere(made, tmp_path, hf_moe_command):
+    export(hf_moe_command, made, tmp_path / "art")
+    with pytest.raises(OSError, match="experts_base"):
+        outputs(tmp_path / "art")
+    got, _ = outputs(tmp_path / "art", experts_base=str(made / "base"))
+    assert torch.equal(got, outputs(made / "tuned")[0])
+    half, _ = outputs(tmp_path / "art", experts_base=str(made / "base"), dtype=torch.bfloat16)
+    assert torch.equal(half, outputs(made / "tuned", dtype=torch.bfloat16)[0])
+
+
+def test_a_class_opens_it_without_auto(made, tmp_path, hf_moe_command):
+    from hf_moe import BertMoeForMaskedLM
+
+    shutil.copytree(made / "base", tmp_path / "base")
+    export(hf_moe_command, made, tmp_path / "art", "--as", "xor")
+    with torch.no_grad():
+        got = BertMoeForMaskedLM.from_pretrained(tmp_path / "art")(**batch(FAMILY)).logits
+    assert torch.equal(got, outputs(made / "tuned")[0])
+
+
+def test_sharded_bases(made, tmp_path, hf_moe_command):
+    tiny_moe(FAMILY).save_pretrained(tmp_path / "base", max_shard_size="50KB")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
+    code, _, err = hf_moe_command(
+        "experts", "export", tmp_path / "base", made / "tuned", tmp_path / "art", "--as", "xor", "-q"
+    )
+    assert code == 0, err
+    assert torch.equal(outputs(tmp_path / "art")[0], outputs(made / "tuned")[0])
