@@ -116,7 +116,8 @@ def check_described(held: dict[str, Any], source: str) -> dict[str, Any]:
     where = f"{source}: {CONFIG_NAME}"
     if held.get("format") != FORMAT:
         raise SourceError(f"{where} is of format {held.get('format')!r}; this version reads format {FORMAT}.")
-    base, tensors = held.get("base"), held.get("tensors")
+    base: Any = held.get("base")
+    tensors = held.get("tensors")
     if not (_fits(base, _BASE) and base["files"] and all(isinstance(one, str) for one in base["files"].values())):
         raise SourceError(f"{where} does not name its base.")
     if not isinstance(tensors, dict) or not tensors:

@@ -137,7 +137,7 @@ def _describe(found: Difference, how: How, entries: dict[str, dict[str, Any]], s
     return {
         "base": base_of(found.base.checkpoint),
         "tuned": found.tuned.checkpoint.source,
-        "class": (found.tuned.config.architectures or [None])[0],
+        "class": next(iter(found.tuned.config.architectures or []), None),
         "model_type": found.tuned.config.model_type,
         "num_experts": found.base.num_experts,
         "width": found.base.width,

@@ -9,7 +9,7 @@ from .moe_artefact import from_artefact
 
 
 def __getattr__(name: str) -> Any:
-    native = None if name.startswith("_") else getattr(transformers, name, None)
+    native: Any = None if name.startswith("_") else getattr(transformers, name, None)
     if not (isinstance(native, type) and issubclass(native, transformers.PreTrainedModel)):
         raise AttributeError(name)
 
