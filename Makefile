@@ -4,10 +4,13 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow lint format bench bench-convert clean
+.PHONY: demo demo-hub test test-slow lint format bench bench-convert clean
 
 demo: $(VENV)/demo  ## a real BERT becomes a mixture of experts
 	$(BIN)/python examples/minilm.py
+
+demo-hub: $(VENV)/demo  ## it goes to a Hub on this machine, and comes back
+	PYTHONPATH=. $(BIN)/python examples/hub.py
 
 test: $(VENV)/dev  ## the whole test suite but the slow proofs
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow and not gpu"

@@ -38,6 +38,7 @@ def test_the_wheel_holds_everything_under_one_name(wheel):
     expected = {"hf_moe/py.typed", "hf_moe/convert/sample.txt", "hf_moe/convert/families/bert.py"}
     expected |= {f"hf_moe/routing/page.{ending}" for ending in ("css", "html.j2", "js")}
     assert expected <= names
+    expected |= {f"hf_moe/model_cards/{file.name}" for file in (ROOT / "model_cards").glob("*.md.j2")}
     source = {f"hf_moe/{file.relative_to(ROOT / 'hf_moe')}" for file in (ROOT / "hf_moe").rglob("*.py")}
     source |= {f"hf_moe/convert/{file.relative_to(ROOT / 'convert')}" for file in (ROOT / "convert").rglob("*.py")}
     assert source <= names

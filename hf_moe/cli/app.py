@@ -27,6 +27,7 @@ from hf_moe.cli.options import (
     ShardSize,
     TopK,
 )
+from hf_moe.cli.publish import card, publish
 from hf_moe.cli.spread import SpreadCommand, named_files
 from hf_moe.cli.train import recipes, train
 from hf_moe.convert import certify, conversion, fusion, open_checkpoint, plan_upcycle, write_certificate
@@ -433,4 +434,8 @@ app.command(
     epilog="Example: hf-moe cv recipe.yaml --folds 5 --group-col author --output_dir ./cv",
 )(cv)
 app.command(epilog="Example: hf-moe expand-experts ./low-rank ./moe")(expand_experts)
+app.command(
+    epilog="Example: hf-moe publish ./bert-moe me/bert-moe --private --base-model google-bert/bert-base-uncased"
+)(publish)
+app.command(epilog="Example: hf-moe card ./bert-moe me/bert-moe --base-model google-bert/bert-base-uncased")(card)
 app.add_typer(experts)

@@ -15,6 +15,7 @@ from hf_moe.convert import Progress as Listener
 from hf_moe.convert import Reduced
 from hf_moe.convert.certificate import explain
 from hf_moe.convert.observe import Observed
+from hf_moe.hub import Published
 
 OUT = Console(soft_wrap=True, highlight=False, markup=False)
 ERR = Console(stderr=True)
@@ -221,6 +222,22 @@ def verdict(values: dict[str, Any]) -> None:
     word = "the same function" if values.get("judged", True) else "as the recipe says"
     word, style = (word, "green") if values["passed"] else (f"not {word}", "red")
     OUT.print(Text.assemble((word, style), f": {explain(values)}"))
+
+
+def published(made: Published) -> None:
+    """What was sent, or would be, and what stays at home."""
+    table = Table("file", Column("bytes", justify="right"), box=None, pad_edge=False)
+    for name, nbytes in made.files.items():
+        table.add_row(Text(name), f"{nbytes:,}")
+    OUT.print(table)
+    for label, names in (("not published", made.left_out), ("taken away", made.removed)):
+        if names:
+            OUT.print(f"{label}: {', '.join(names)}")
+    if made.url is None:
+        OUT.print(f"{len(made.files)} files would be sent to {made.repo_id}; nothing was")
+        return
+    OUT.print(f"the same {made.compared:,} values of the outputs in a clean process")
+    OUT.print(made.pull_request or made.url if made.changed else f"{made.repo_id} has it already: {made.url}")
 
 
 class Bars(Listener):

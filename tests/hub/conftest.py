@@ -10,9 +10,10 @@ import pytest
 from tests.hub.server import Hub
 
 # Retries wait for seconds; here they need not.
-AT_ONCE = (
-    "import huggingface_hub.utils._http as _h; _h.time = type('t', (), {**vars(_h.time), 'sleep': lambda s: None})\n"
-)
+AT_ONCE = """
+import types, huggingface_hub.utils._http as http
+http.time = types.SimpleNamespace(**{**vars(http.time), "sleep": lambda seconds: None})
+"""
 
 
 @pytest.fixture

@@ -148,7 +148,7 @@ class Repos:
             if self.stored(sha256) is None and sha256 not in xet:
                 raise Refused(
                     400,
-                    f"Your push was rejected because an LFS pointer pointed to a file that does not exist: {value['path']}",
+                    f"an LFS pointer pointed to a file that does not exist: {value['path']}",
                 )
             files[value["path"]] = large(sha256, value["size"], xet.get(sha256))
         elif key == "deletedFile":

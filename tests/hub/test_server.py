@@ -99,9 +99,12 @@ api = HfApi()
 api.create_branch("ann/model", branch="draft/one")
 api.create_tag("ann/model", tag="v1", revision="draft/one")
 refs = api.list_repo_refs("ann/model", include_pull_requests=True)
-tree = {f.path: f.size for f in api.list_repo_tree("ann/model", recursive=True, revision="v1") if hasattr(f, "size")}
-part = get_session().get(hf_hub_url("ann/model", "model.safetensors"), headers={"Range": "bytes=10-19"}, follow_redirects=True)
-print(json.dumps([[b.name for b in refs.branches], [t.name for t in refs.tags], tree, part.status_code, part.content.hex()]))
+entries = api.list_repo_tree("ann/model", recursive=True, revision="v1")
+tree = {one.path: one.size for one in entries if hasattr(one, "size")}
+url = hf_hub_url("ann/model", "model.safetensors")
+part = get_session().get(url, headers={"Range": "bytes=10-19"}, follow_redirects=True)
+names = [[one.name for one in ones] for ones in (refs.branches, refs.tags)]
+print(json.dumps([*names, tree, part.status_code, part.content.hex()]))
 """
     branches, tags, tree, status, part = json.loads(client(code))
     assert branches == ["main", "draft/one"]
