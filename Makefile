@@ -38,6 +38,7 @@ bench: $(VENV)/dev  ## the figures in benchmarks/
 	$(BIN)/python benchmarks/fused_gates.py
 	$(BIN)/python benchmarks/routing_report.py
 	PYTHONPATH=. $(BIN)/python benchmarks/experts.py
+	$(BIN)/python benchmarks/experts_export.py
 
 bench-convert: $(VENV)/dev  ## conversion against the disk and mergekit-moe (needs 40 GB of disk)
 	$(BIN)/python benchmarks/convert_speed.py

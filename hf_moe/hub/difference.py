@@ -70,6 +70,8 @@ def compare(base: Mixture, tuned: Mixture) -> Difference:
     """
     slots, tuned_slots = slots_of(base), slots_of(tuned)
     _check_alike(base, tuned, slots, tuned_slots)
+    for mixture in (base, tuned):
+        _ = mixture.checkpoint.stamps  # by which a change from here on is seen
     changed = {}
     for name, slot in slots.items():
         change = _change(base.checkpoint, slot.info, tuned.checkpoint, tuned_slots[name].info)

@@ -94,9 +94,9 @@ def export(
         size = write_tensors(
             folder / WEIGHTS_NAME, _stored(found, slots, how, entries, progress), [slot.name for slot in slots]
         )
+        described = _describe(found, how, entries, size)
         for source in sources:
             source.check_unchanged()
-        described = _describe(found, how, entries, size)
         identities = [source.identity for source in sources]
         like = found.base if others else found.tuned
         write_beside(folder, described, like.config, like.checkpoint, identities)
@@ -117,8 +117,6 @@ def _stored(
     found: Difference, slots: list[Slot], how: How, entries: dict[str, dict[str, Any]], progress: Progress
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Each slot as it is stored; notes its entry."""
-    for checkpoint in (found.base.checkpoint, found.tuned.checkpoint):
-        _ = checkpoint.stamps
     for slot in slots:
         old, new = (
             next(pieces_of(mixture.checkpoint, info, max(info.nbytes, 1))).view(info.shape)

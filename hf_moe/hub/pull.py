@@ -24,7 +24,7 @@ from hf_moe.modeling.moe_artefact import CONFIG_NAME, WEIGHTS_NAME
 from .artefact import Artefact, check_described, check_held, key_of, open_artefact, write_beside
 from .encodings import sha256_of_values
 from .export import Exported
-from .select import Spec, chosen
+from .select import Spec, chosen, is_folder
 from .tensor_file import write_tensors
 
 FIRST_BYTES = 64 * 2**10  # of the file, which hold most headers
@@ -45,7 +45,7 @@ def pull(
     """
     progress, output = progress or Progress(), Path(output).expanduser()
     progress.stage("reading")
-    if Path(spec.source).expanduser().is_dir():
+    if is_folder(spec.source):
         raise UsageError(f"{spec.source}: is a folder; name a repository of the Hub.")
     check_output(output, [], 0, overwrite, CONFIG_NAME)
     commit, held, config = _described(spec)
@@ -78,9 +78,8 @@ def pull(
 
 def get_artefact(spec: Spec, scratch: Path) -> Artefact:
     """An artefact's folder opened; of one on the Hub, what is chosen is fetched to `scratch`."""
-    path = Path(spec.source).expanduser()
-    if path.is_dir():
-        return open_artefact(path, spec.source)
+    if is_folder(spec.source):
+        return open_artefact(Path(spec.source).expanduser(), spec.source)
     if spec.source.startswith((".", "/", "~")) or spec.source.count("/") > 1:
         raise SourceError(f"{spec.source}: no such folder.")
     return replace(open_artefact(pull(spec, scratch).path), source=spec.source)

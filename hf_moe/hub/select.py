@@ -63,15 +63,23 @@ def _plain(number: str) -> str:
 def parse_spec(text: str) -> Spec:
     """Of "REPO", "REPO@rev#0.3,1.*" or a folder's path. Errors as in `parse_choices`."""
     source, mark, items = text.rpartition("#")
-    if not mark or Path(text).is_dir():
+    if not mark or is_folder(text):
         source, items = text, ""
     choices = parse_choices([items]) if items else ()
     if mark and source != text and not items:
         raise UsageError(f"{text}: names no expert after '#'.")
     revision = None
-    if not Path(source).expanduser().is_dir() and "@" in source:
+    if not is_folder(source) and "@" in source:
         source, _, revision = source.rpartition("@")
     return Spec(source, revision or None, choices)
+
+
+def is_folder(text: str) -> bool:
+    """Whether a folder of this machine has that name."""
+    try:
+        return Path(text).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):  # a name too long, a home that is nobody's
+        return False
 
 
 def parse_specs(texts: Iterable[str]) -> Spec:

@@ -7,7 +7,6 @@ files and says of each tensor: `into` which of the base's it goes, at which of i
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from transformers import GenerationConfig, PretrainedConfig
-from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
 FORMAT = 1
@@ -96,10 +94,18 @@ def opening_artefacts(load: Callable, cls: Any, path: Any, args: tuple, kwargs: 
     config = kwargs.get("config")
     if isinstance(config, PretrainedConfig):
         return from_artefact(load, path, args, kwargs) if getattr(config, MARK, False) else load(path, *args, **kwargs)
-    if path is None or not os.path.isfile(os.path.join(path, CONFIG_NAME)):
+    getting = {name: kwargs[name] for name in (*_GETTING, "revision", "subfolder") if name in kwargs}
+    if config is not None or path is None or not _is_marked(cls.config_class, path, getting):
         return load(path, *args, **kwargs)
     config, left = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
-    return from_artefact(load, path, args, {**left, "config": config})
+    return from_artefact(load, path, args, {**left, **getting, "config": config})
+
+
+def _is_marked(config_class: Any, path: Any, getting: dict[str, Any]) -> bool:
+    try:
+        return bool(config_class.get_config_dict(path, **getting)[0].get(MARK))
+    except OSError:  # of which `load` will tell
+        return False
 
 
 def from_artefact(load: Callable, path: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -122,7 +128,7 @@ def from_artefact(load: Callable, path: Any, args: tuple, kwargs: dict[str, Any]
         raise ValueError(f"{path}: {CONFIG_NAME} is of format {held.get('format')}, and this code reads {FORMAT}.")
     tensors = _base_tensors(held["base"], given, path, getting)
     try:
-        put_in(tensors, held["tensors"], load_state_dict(str(weights)))
+        put_in(tensors, held["tensors"], _load(weights))
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path}: {error}") from error
     delattr(config, MARK)  # what is saved from here on is whole
@@ -163,8 +169,15 @@ def _base_tensors(base: dict[str, Any], given: Any, path: Any, getting: dict[str
                 f"{path}: the base changed since: the sha256 of {name} of {base['repo']} is {found}, and the experts "
                 f"were made for {wanted}."
             )
-        tensors |= load_state_dict(str(file))
+        tensors |= _load(file)
     return tensors
+
+
+def _load(file: Any) -> dict[str, torch.Tensor]:
+    # here, so that a whole checkpoint does not depend on where Transformers keeps it
+    from transformers.modeling_utils import load_state_dict
+
+    return load_state_dict(str(file))
 
 
 def _find_base(base: dict[str, Any], given: Any, path: Any, getting: dict[str, Any]) -> Path:

@@ -67,8 +67,8 @@ def _check_disabled(config: Any) -> None:
             raise ValueError(
                 f"disabled_experts names {experts} of layer {layer}, whose experts are 0 to {config.num_experts - 1}."
             )
-        held = [e for e in range(config.num_experts) if e not in experts]
-        if any({e // size * size + i for i in range(size)} - set(held) for e in held):
+        held = set(range(config.num_experts)) - set(experts)
+        if any(e // size * size + i not in held for e in held for i in range(size)):
             raise ValueError(
                 f"disabled_experts names {experts} of layer {layer}, but {size} in a row are taken or left together "
                 "(router_group_size): name all of them."

@@ -386,3 +386,24 @@ def test_sharded_bases(made, tmp_path, hf_moe_command):
     )
     assert code == 0, err
     assert torch.equal(outputs(tmp_path / "art")[0], outputs(made / "tuned")[0])
+
+
+def test_what_generates(tmp_path, hf_moe_command):
+    from transformers import AutoModelForCausalLM
+
+    tiny_moe("gpt2").save_pretrained(tmp_path / "base")
+    shutil.copytree(tmp_path / "base", tmp_path / "tuned")
+    edit(tmp_path / "tuned" / "generation_config.json", max_new_tokens=7)
+    tensors = load_file(tmp_path / "tuned" / "model.safetensors")
+    tensors["transformer.h.2.mlp.experts.down_proj"][1] *= -1
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    said = export(hf_moe_command, tmp_path, tmp_path / "art", "--as", "xor")
+    assert said["experts"] == ["2.1"]
+    got, wanted = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / folder, trust_remote_code=True, device_map="cpu").generate(
+            torch.tensor([[5, 6, 7]]), do_sample=False
+        )
+        for folder in ("art", "tuned")
+    )
+    assert wanted.shape == (1, 10)
+    assert torch.equal(got, wanted)

@@ -94,7 +94,8 @@ def test_automodel_opens_it(bare, sent, client, mixtures, tmp_path):
     tuned = AutoModelForMaskedLM.from_pretrained(mixtures / "tuned")
     with torch.no_grad():
         wanted = tuned(**batch("bert")).logits
-    client(OPEN, "ann/law", mixtures / "inputs.pt", tmp_path / "got.pt", bare=bare, at=sent[0])
+    code = OPEN if bare else OPEN.replace("from transformers import AutoModel", "from hf_moe import BertMoe")
+    client(code, "ann/law", mixtures / "inputs.pt", tmp_path / "got.pt", bare=bare, at=sent[0])
     assert torch.equal(torch.load(tmp_path / "got.pt"), wanted)
 
 
