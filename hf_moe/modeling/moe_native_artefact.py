@@ -12,10 +12,11 @@ def __getattr__(name: str) -> Any:
     native: Any = None if name.startswith("_") else getattr(transformers, name, None)
     if not (isinstance(native, type) and issubclass(native, transformers.PreTrainedModel)):
         raise AttributeError(name)
+    config_class: Any = native.config_class
 
     def from_pretrained(cls, path, *args, **kwargs):
         if kwargs.get("config") is None:
-            config, kwargs = native.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+            config, kwargs = config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
             kwargs["config"] = config
         return from_artefact(native.from_pretrained, path, args, kwargs)
 

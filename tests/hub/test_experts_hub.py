@@ -90,11 +90,11 @@ def test_an_artefact_names_its_base(sent, mixtures):
 
 
 @pytest.mark.parametrize("bare", [True, False], ids=["stranger", "friend"])
-def test_automodel_opens_it(bare, sent, client, mixtures, tmp_path):
+def test_automodel_and_classes_open_it(bare, sent, client, mixtures, tmp_path):
     tuned = AutoModelForMaskedLM.from_pretrained(mixtures / "tuned")
     with torch.no_grad():
         wanted = tuned(**batch("bert")).logits
-    code = OPEN if bare else OPEN.replace("from transformers import AutoModel", "from hf_moe import BertMoe")
+    code = OPEN if bare else OPEN.replace("transformers", "hf_moe").replace("AutoModel", "BertMoe")
     client(code, "ann/law", mixtures / "inputs.pt", tmp_path / "got.pt", bare=bare, at=sent[0])
     assert torch.equal(torch.load(tmp_path / "got.pt"), wanted)
 
