@@ -20,6 +20,7 @@ from .lineage import Base, find_bases, look_up, of_artefact, pin
 from .staging import CARD, EXPERTS_CONFIG, Staged, digest_weights, is_allowed, seal, sources_of, stage
 
 MAIN = "main"
+KEPT = (CARD, "LICEN", "COPYING", "NOTICE", "USE_POLICY")  # on the Hub, though the folder may have none
 MESSAGE = "Published by hf_moe"
 Said = Callable[[str], None]
 
