@@ -38,6 +38,7 @@ bench: $(VENV)/dev  ## the figures in benchmarks/
 	$(BIN)/python benchmarks/fused_gates.py
 	$(BIN)/python benchmarks/routing_report.py
 	PYTHONPATH=. $(BIN)/python benchmarks/experts.py
+	$(BIN)/python benchmarks/experts_export.py
 
 bench-speed: $(VENV)/dev  ## experts and whole models against dense layers and Transformers' own (wants a quiet machine)
 	$(BIN)/python benchmarks/experts_speed.py

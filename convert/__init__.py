@@ -3,6 +3,7 @@
 from .certificate import certify, read_certificate, write_certificate
 from .checkpoint import Checkpoint, open_checkpoint
 from .conversion import Progress, Upcycled, from_dense, upcycle
+from .disable import disable
 from .downcycle import downcycle
 from .families import FAMILIES, Family
 from .fusion import Fused, fuse
@@ -24,6 +25,7 @@ __all__ = [
     "TensorPlan",
     "Upcycled",
     "certify",
+    "disable",
     "downcycle",
     "expand_experts",
     "from_dense",

@@ -257,6 +257,8 @@ def _read_tensors(path: Path) -> dict[str, TensorInfo]:
         return dict(read_header(path / WEIGHTS_NAME, path))
     if index_file.is_file():
         return _read_shards(path, index_file)
+    if (path / "experts.safetensors").is_file():
+        raise SourceError(f"{path}: holds single experts only; hf-moe experts apply puts them into their base.")
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
         raise SourceError(

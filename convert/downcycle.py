@@ -25,7 +25,7 @@ from .names import tensors_of
 from .network import KINDS, Network, find_network
 from .plan import TensorPlan
 from .rebuild import Rebuild, plan_rebuild
-from .reduce import Reduced, open_job
+from .reduce import Reduced, open_job, refuse_disabled
 from .scheme import EXACT, NOT_PRESERVING
 
 BY = ("auto", "average", "usage", "best")
@@ -87,6 +87,7 @@ def downcycle(
         max_shard_size=max_shard_size,
         progress=progress,
     )
+    refuse_disabled(job)
     dense_class = _dense_class(job.mixture, job.model_class)
     if text is not None:
         job.run_text(Path(text))

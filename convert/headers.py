@@ -54,6 +54,23 @@ def read_header(file: Path, folder: Path) -> Iterator[tuple[str, TensorInfo]]:
         if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, size - 8):
             raise SourceError(f"{file}: is cut short or no safetensors file (header of {header_bytes} bytes).")
         raw = handle.read(header_bytes)
+    position = 0
+    for info in parse_header(raw, file):
+        position = info.start + info.nbytes - 8 - header_bytes
+        yield info.name, info
+    if 8 + header_bytes + position != size:
+        held = size - 8 - header_bytes
+        raise SourceError(
+            f"{file}: should hold {position} bytes of tensors, but holds {held}: it is cut short or damaged."
+        )
+
+
+def parse_header(raw: bytes, file: Path) -> Iterator[TensorInfo]:
+    """The tensors that a header, without its length, describes; they follow each other from its end on.
+
+    Raises:
+        SourceError: where it does not.
+    """
     try:
         header = json.loads(raw, object_pairs_hook=_unique)
         metadata = header.pop("__metadata__", {})
@@ -67,18 +84,13 @@ def read_header(file: Path, folder: Path) -> Iterator[tuple[str, TensorInfo]]:
                 raise ValueError(f"{name!r} is described by more than whole numbers")
             if entry["dtype"] not in DTYPES:
                 raise SourceError(f"{file}: tensor {name!r} has dtype {entry['dtype']}, which is not read here.")
-            info = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file, 8 + header_bytes + start)
+            info = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file, 8 + len(raw) + start)
             if start != position or end - start != info.nbytes or any(side < 0 for side in info.shape):
                 raise SourceError(f"{file}: the header's offsets of tensor {name!r} do not fit its shape.")
             position = end
-            yield name, info
+            yield info
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"{file}: its safetensors header can't be read ({error}).") from error
-    if 8 + header_bytes + position != size:
-        held = size - 8 - header_bytes
-        raise SourceError(
-            f"{file}: should hold {position} bytes of tensors, but holds {held}: it is cut short or damaged."
-        )
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

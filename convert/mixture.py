@@ -102,10 +102,10 @@ class Mixture:
 
     def projection(self, layer: int, role: str, kind: str, expert: int) -> torch.Tensor:
         """(out, in), or (out,) where `kind` is "bias"; of a stacked tensor only this expert's bytes are read."""
-        held = _read(self.checkpoint, self._projection(layer, role, kind, expert))
+        held = _read(self.checkpoint, self.place(layer, role, kind, expert))
         if not self.rank or kind == "bias":
             return held
-        a, b = (_read(self.checkpoint, info) for info in self._factors(layer, role, expert))
+        a, b = (_read(self.checkpoint, info) for info in self.factor_places(layer, role, expert))
         wide = torch.promote_types(held.dtype, torch.float32)
         return (held.to(wide) + b.to(wide) @ a.to(wide)).to(held.dtype)
 
@@ -115,54 +115,55 @@ class Mixture:
         """The values of `projection` in order, flat, at most `piece_bytes` at a time."""
         if self.rank:
             return iter(self.projection(layer, role, kind, expert).view(-1).split(max(1, piece_bytes // 8)))
-        info = self._projection(layer, role, kind, expert)
+        info = self.place(layer, role, kind, expert)
         return replace(self.checkpoint, tensors={info.name: info}).read_pieces(info.name, piece_bytes)
 
     def router(self, layer: int) -> torch.Tensor:
         """(experts, in)."""
-        return self.checkpoint.read(self._name(layer, self.form.router))
+        return self.checkpoint.read(self.name(layer, self.form.router))
 
     def shared(self, layer: int, role: str, kind: str) -> torch.Tensor:
         """The shared expert's projection, as in `projection`."""
-        return self.checkpoint.read(self._name(layer, f"{self.form.shared[role]}.{kind}"))
+        return self.checkpoint.read(self.name(layer, f"{self.form.shared[role]}.{kind}"))
 
     def shared_gate(self, layer: int) -> torch.Tensor | None:
         """(1, in): the shared expert counts by the sigmoid of this on its input; None: it counts fully."""
-        name = self._name(layer, self.form.shared_gate) if self.form.shared_gate else ""
+        name = self.name(layer, self.form.shared_gate) if self.form.shared_gate else ""
         return self.checkpoint.read(name) if name in self.checkpoint.tensors else None
 
     def names(self, layer: int) -> list[str]:
         """Every tensor of the layer's mixture."""
-        start = self._name(layer, "{block}.")
+        start = self.name(layer, "{block}.")
         return [name for name in self.checkpoint.tensors if name.startswith(start)]
 
-    def _name(self, layer: int, name: str, expert: int | str = "") -> str:
+    def name(self, layer: int, name: str, expert: int | str = "") -> str:
+        """On disk, of what the form calls `name`."""
         return f"{self.prefix(layer)}.{name.format(block=self.block, expert=expert)}"
 
-    def _projection(self, layer: int, role: str, kind: str, expert: int) -> TensorInfo:
+    def place(self, layer: int, role: str, kind: str, expert: int) -> TensorInfo:
         """Where it lies; KeyError where it does not."""
         name, roles = self.form.holding(role)
-        info = self.checkpoint.tensors[self._name(layer, name, expert) + self.form.endings[kind]]
+        info = self.checkpoint.tensors[self.name(layer, name, expert) + self.form.endings[kind]]
         if self.form.stacked:
             held, count = (0, 1) if self.rank else (expert, self.num_experts)
-            info = _part(info, held, count, info.shape[1:])
-        return _part(info, roles.index(role), len(roles), (info.shape[0] // len(roles), *info.shape[1:]))
+            info = part(info, held, count, info.shape[1:])
+        return part(info, roles.index(role), len(roles), (info.shape[0] // len(roles), *info.shape[1:]))
 
     def factors(self, layer: int) -> list[str]:
         """Names of the layer's matrices of low rank."""
-        weights = [self._name(layer, name) + self.form.endings["weight"] for name in self.form.experts]
+        weights = [self.name(layer, name) + self.form.endings["weight"] for name in self.form.experts]
         return [f"{name}_{factor}" for name in weights for factor in "ab"] if self.rank else []
 
-    def _factors(self, layer: int, role: str, expert: int) -> tuple[TensorInfo, TensorInfo]:
+    def factor_places(self, layer: int, role: str, expert: int) -> tuple[TensorInfo, TensorInfo]:
         """A (rank, in) and B (out, rank), whose product the expert's projection has beside what all share."""
         name, roles = self.form.holding(role)
-        weight = self._name(layer, name) + self.form.endings["weight"]
+        weight = self.name(layer, name) + self.form.endings["weight"]
         a, b = (self.checkpoint.tensors[f"{weight}_{factor}"] for factor in "ab")
-        a, b = (_part(info, expert, self.num_experts, info.shape[1:]) for info in (a, b))
-        return a, _part(b, roles.index(role), len(roles), (b.shape[0] // len(roles), b.shape[1]))
+        a, b = (part(info, expert, self.num_experts, info.shape[1:]) for info in (a, b))
+        return a, part(b, roles.index(role), len(roles), (b.shape[0] // len(roles), b.shape[1]))
 
 
-def _part(info: TensorInfo, index: int, count: int, shape: tuple[int, ...]) -> TensorInfo:
+def part(info: TensorInfo, index: int, count: int, shape: tuple[int, ...]) -> TensorInfo:
     """The `index`-th of `count` equal parts that follow each other in the file."""
     return replace(info, start=info.start + index * (info.nbytes // count), shape=shape)
 
@@ -178,7 +179,7 @@ def open_mixture(checkpoint: Checkpoint) -> Mixture:
         SourceError: where it holds none that is known, or its tensors are not those that its configuration promises.
     """
     layout = _layout(checkpoint)
-    config = _config(checkpoint)
+    config = config_of(checkpoint)
     layers, body, block, form = _find(checkpoint, layout)
     _check_layers(checkpoint, config, layout, layers)
     mixture = Mixture(
@@ -208,7 +209,9 @@ def _layout(checkpoint: Checkpoint) -> Layout:
     return Layout(family.layer, ((family.block, our_form(family.gate is not None)),))
 
 
-def _config(checkpoint: Checkpoint) -> PretrainedConfig:
+def config_of(checkpoint: Checkpoint) -> PretrainedConfig:
+    """Its configuration; errors as in `open_mixture`."""
+    _layout(checkpoint)
     model_type = str(checkpoint.config["model_type"])
     config_class = _OURS[model_type].config_class if model_type in _OURS else transformers.CONFIG_MAPPING[model_type]
     return make_config(config_class, checkpoint.config, SourceError, f"{checkpoint.path}: config.json is refused")
@@ -251,8 +254,8 @@ def _measured(mixture: Mixture) -> Mixture:
     path, tensors = mixture.checkpoint.path, mixture.checkpoint.tensors
     roles = tuple(role for held in mixture.form.experts.values() for role in held)
     first, name = mixture.layers[0], mixture.form.holding("up")[0]
-    biased = mixture._name(first, name, 0) + mixture.form.endings["bias"] in tensors
-    shared = mixture._name(first, f"{mixture.form.shared['up']}.weight")
+    biased = mixture.name(first, name, 0) + mixture.form.endings["bias"] in tensors
+    shared = mixture.name(first, f"{mixture.form.shared['up']}.weight")
     measured = replace(
         mixture,
         roles=roles,
@@ -273,7 +276,7 @@ def _measured(mixture: Mixture) -> Mixture:
 
 
 def _check_router(mixture: Mixture, layer: int) -> None:
-    info = mixture.checkpoint.tensors[mixture._name(layer, mixture.form.router)]
+    info = mixture.checkpoint.tensors[mixture.name(layer, mixture.form.router)]
     if info.shape[0] != mixture.num_experts:
         raise SourceError(
             f"{mixture.checkpoint.path}: tensor {info.name!r} routes to {info.shape[0]} experts, but config.json says "
@@ -285,7 +288,7 @@ def _all_projections(mixture: Mixture, layer: int) -> Iterator[tuple[str, str, T
     for role in mixture.roles:
         for kind in mixture.kinds:
             for expert in range(mixture.num_experts):
-                info = mixture._projection(layer, role, kind, expert)
+                info = mixture.place(layer, role, kind, expert)
                 if mixture.form.stacked and not _holds_all(mixture, layer, role, kind):
                     raise SourceError(f"{mixture.checkpoint.path}: tensor {info.name!r} does not hold every expert.")
                 yield role, kind, info
@@ -293,7 +296,7 @@ def _all_projections(mixture: Mixture, layer: int) -> Iterator[tuple[str, str, T
 
 def _holds_all(mixture: Mixture, layer: int, role: str, kind: str) -> bool:
     tensors = mixture.checkpoint.tensors
-    name = mixture._name(layer, mixture.form.holding(role)[0]) + mixture.form.endings[kind]
+    name = mixture.name(layer, mixture.form.holding(role)[0]) + mixture.form.endings[kind]
     if not mixture.rank:
         return tensors[name].shape[0] == mixture.num_experts
     if kind == "bias":

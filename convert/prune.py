@@ -15,7 +15,7 @@ from .blend import Blend, Group, order_between, pieces, plan_tensors, weighted
 from .conversion import Progress, write_config
 from .experts import take_neurons
 from .mixture import Mixture
-from .reduce import Job, Reduced, copy_size, open_job
+from .reduce import Job, Reduced, copy_size, open_job, refuse_disabled
 
 BY = ("usage", "activation")
 
@@ -120,6 +120,7 @@ def _open(verb, source, output, num_experts, revision, max_shard_size, overwrite
         max_shard_size=max_shard_size,
         progress=progress,
     )
+    refuse_disabled(job)
     router_type = getattr(job.mixture.config, "router_type", "softmax")
     if router_type != "softmax":
         raise UsageError(f"{source}: has routers of type {router_type!r}; {verb} knows softmax ones only.")

@@ -179,6 +179,15 @@ def open_job(
     )
 
 
+def refuse_disabled(job: Job) -> None:
+    """Raises UsageError where some experts are disabled: they would come back, or shift."""
+    if getattr(job.mixture.config, "disabled_experts", None):
+        raise UsageError(
+            f"{job.checkpoint.path}: has disabled experts (disabled_experts in config.json), which {job.verb} would "
+            "bring back; take the mixture that they were disabled in."
+        )
+
+
 def recorded_recipe(mixture: Mixture) -> UpcycleRecipe | None:
     """By what recipe the mixture was made of a dense network, as far as it still holds; None where nobody says.
 

@@ -10,6 +10,7 @@ from hf_moe.cli import show
 from hf_moe.cli.cross_validate import cv
 from hf_moe.cli.evaluate import evaluate
 from hf_moe.cli.expand import expand_experts
+from hf_moe.cli.experts import experts
 from hf_moe.cli.options import (
     DryRun,
     Dtype,
@@ -437,3 +438,4 @@ app.command(
     epilog="Example: hf-moe publish ./bert-moe me/bert-moe --private --base-model google-bert/bert-base-uncased"
 )(publish)
 app.command(epilog="Example: hf-moe card ./bert-moe me/bert-moe --base-model google-bert/bert-base-uncased")(card)
+app.add_typer(experts)

@@ -70,7 +70,7 @@ def reduced(made: Reduced, as_json: bool) -> None:
     if as_json:
         print(json.dumps(made.report | {"output": str(made.path), "certificate": made.certificate}, indent=2))
         return
-    left_out = ("format", "source", "groups", "scales", "scores", "versions")
+    left_out = ("format", "source", "groups", "scales", "scores", "taken", "versions")
     fields({name: value for name, value in made.report.items() if name not in left_out}, as_json=False)
     if made.certificate is not None:
         verdict(made.certificate)

@@ -42,6 +42,7 @@ class MoeConfigMixin(_Base):
         router_capacity_factor: of "expert_choice": experts that a token visits on average.
         router_bias_update_rate: of "sigmoid": by how much `update_router_bias` moves the selection bias; 0: it stays.
         router_group_size: how many experts in a row are taken or left together; `num_experts_per_tok` counts experts.
+        disabled_experts: layer, as a string -> experts of it that no token is sent to, as if they were not there.
         router_detach_normalizer: whether the sum that gates are divided by gets no gradient.
         router_aux_loss_coef: weight of the load-balancing loss, which is added to `loss` while training.
         router_aux_loss_scope: whose tokens that loss balances: those of a process ("micro_batch") or of all processes
@@ -87,6 +88,7 @@ class MoeConfigMixin(_Base):
     router_capacity_factor: float | int = 2.0
     router_bias_update_rate: float | int = 0.001
     router_group_size: int = 1
+    disabled_experts: dict[str, list[int]] | None = None
     router_detach_normalizer: bool = False
     router_aux_loss_coef: float | int = 0.001
     router_aux_loss_scope: str = "micro_batch"

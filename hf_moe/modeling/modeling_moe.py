@@ -26,6 +26,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
+from .moe_artefact import opening_artefacts
 from .moe_balancing import move_selection_bias
 from .moe_experts import MoeExperts
 from .moe_layers import MoeBlock
@@ -281,6 +282,12 @@ class MoePreTrainedModelMixin(_Base):
         )
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As Transformers'; of what holds single experts only (`experts.safetensors`), the base is fetched too."""
+        load = super().from_pretrained
+        return opening_artefacts(load, cls, pretrained_model_name_or_path, model_args, kwargs)
+
+    @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel") -> None:
         """Nothing is left to note: the configuration saves every class's name and code with each checkpoint. (Told to
         do so, Transformers saves what a model's class is at that moment, which under FSDP is torch's.)"""
@@ -370,12 +377,14 @@ class MoePreTrainedModelMixin(_Base):
         move_selection_bias(routers, self.config.router_bias_update_rate)
 
     def post_init(self):
-        built, wanted = sum(isinstance(m, MoeBlock) for m in self.modules()), len(self.config.moe_layer_indices)
-        if built != wanted:
+        blocks, layers = [m for m in self.modules() if isinstance(m, MoeBlock)], self.config.moe_layer_indices
+        if len(blocks) != len(layers):
             raise ImportError(
-                f"{type(self).__name__} was built with {built} mixture layers, not {wanted}: "
+                f"{type(self).__name__} was built with {len(blocks)} mixture layers, not {len(layers)}: "
                 "this version of the model code does not fit the installed Transformers."
             )
+        for block, layer in zip(blocks, layers, strict=True):
+            block.gate.disabled = tuple((self.config.disabled_experts or {}).get(str(layer), ()))
         if isinstance(self, GenerationMixin):
             if self.config.router_type == "expert_choice":
                 raise ValueError(

@@ -20,7 +20,8 @@ def move_selection_bias(routers: list[TopKRouter], rate: float) -> None:
     load_LE = torch.stack([_load(router).to(device) for router in routers])
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(load_LE)
-    missing_LE = load_LE.sum(dim=1, keepdim=True) - load_LE * load_LE.shape[1]  # in integers, so that equal is equal
+    number_L1 = load_LE.new_tensor([[router.num_enabled] for router in routers])
+    missing_LE = load_LE.sum(dim=1, keepdim=True) - load_LE * number_L1  # in integers, so that equal is equal
     for router, missing_E in zip(routers, missing_LE, strict=True):
         router.e_score_correction_bias += rate * missing_E.sign().to(router.e_score_correction_bias)
         router.load_E = None

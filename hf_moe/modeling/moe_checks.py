@@ -25,6 +25,7 @@ def check_router(config: Any) -> None:
         raise ValueError("router_detach_normalizer is set, but without norm_topk_prob gates have no normaliser.")
     _check_coefficients(config)
     _check_groups(config)
+    _check_disabled(config)
     _check_expert_choice(config)
     _check_scope(config)
 
@@ -55,6 +56,28 @@ def _check_groups(config: Any) -> None:
             f"num_experts_per_tok is {config.num_experts_per_tok}, but a token visits whole groups of "
             f"router_group_size {size}: it must be a multiple."
         )
+
+
+def _check_disabled(config: Any) -> None:
+    layers, size = {str(layer) for layer in config.moe_layer_indices}, config.router_group_size
+    for layer, experts in (config.disabled_experts or {}).items():
+        if layer not in layers:
+            raise ValueError(f"disabled_experts names layer {layer}, which is no mixture.")
+        if not set(experts) <= set(range(config.num_experts)):
+            raise ValueError(
+                f"disabled_experts names {experts} of layer {layer}, whose experts are 0 to {config.num_experts - 1}."
+            )
+        held = set(range(config.num_experts)) - set(experts)
+        if any(e // size * size + i not in held for e in held for i in range(size)):
+            raise ValueError(
+                f"disabled_experts names {experts} of layer {layer}, but {size} in a row are taken or left together "
+                "(router_group_size): name all of them."
+            )
+        if len(held) < max(1, config.num_experts_per_tok):
+            raise ValueError(
+                f"disabled_experts leaves layer {layer} {len(held)} experts, but a token visits "
+                f"{config.num_experts_per_tok} (num_experts_per_tok)."
+            )
 
 
 def _check_expert_choice(config: Any) -> None:

@@ -80,7 +80,9 @@ def router_entropy(
 
     Arguments as in `load_balancing_loss`.
     """
-    entropies = (torch.special.entr(router_probs(logits_TE, router_type)).sum(dim=-1) for logits_TE in router_logits)
+    probs = (router_probs(logits_TE, router_type) for logits_TE in router_logits)
+    # above 0, where the gradient would be infinite
+    entropies = (torch.special.entr(p_TE.clamp(min=torch.finfo(p_TE.dtype).tiny)).sum(dim=-1) for p_TE in probs)
     return _layer_mean([_token_mean(entropy_T, token_mask) for entropy_T in entropies])
 
 

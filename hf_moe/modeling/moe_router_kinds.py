@@ -52,7 +52,7 @@ def _expert_choice(router: Any, scores_TR: torch.Tensor, mask_T: torch.Tensor | 
     tokens, R = scores_TR.shape
     real_T = torch.ones(tokens, dtype=torch.bool, device=scores_TR.device) if mask_T is None else mask_T.bool()
     real_T1 = real_T.to(scores_TR.device)[:, None]
-    places = (real_T1.sum() * (router.capacity_factor / router.num_experts)).ceil()
+    places = (real_T1.sum() * (router.capacity_factor / router.num_enabled)).ceil()
     order_TR = scores_TR.masked_fill(~real_T1, -1.0).argsort(dim=0, descending=True, stable=True)
     taken_TR = (order_TR.argsort(dim=0) < places) & real_T1
     return torch.arange(R, device=scores_TR.device).expand(tokens, R).masked_fill(~taken_TR, R)

@@ -14,6 +14,9 @@ from transformers.utils.generic import maybe_autocast
 
 from .moe_router_kinds import ROUTERS
 
+# What an expert that is never chosen has for a logit: its probability is exactly 0, and nothing becomes NaN.
+NEVER = -1e30
+
 
 class ForwardPass(NamedTuple):
     """What a body tells its routers for one forward pass, where they need more than hidden states.
@@ -38,6 +41,9 @@ class TopKRouter(nn.Module):
     With `router_group_size` G, experts e·G … e·G + G - 1 are taken or left together ("virtual groups", He et al. 2024,
     arXiv 2410.07524, section 3): the mean of their rows is the group's, so rows that start equal stay equal, and each
     gets a G-th of its gate.
+
+    `disabled` experts have no row: the others are chosen, and their gates made, as in a router without them. Their
+    logits are `NEVER`.
     """
 
     e_score_correction_bias: Any  # a tensor or None, as below
@@ -61,6 +67,7 @@ class TopKRouter(nn.Module):
             "e_score_correction_bias",
             torch.zeros(config.num_experts, dtype=torch.float32) if self.kind.has_selection_bias else None,
         )
+        self.disabled: tuple[int, ...] = ()
         self.forward_pass: ForwardPass | None = None
         self.load_E: torch.Tensor | None = None  # no buffer: DistributedDataParallel would copy rank 0's to all
 
@@ -85,9 +92,20 @@ class TopKRouter(nn.Module):
             self._count(index_TK, mask_T)
         return logits_TE, gates_TK, index_TK
 
+    @property
+    def num_enabled(self) -> int:
+        return self.num_experts - len(self.disabled)
+
+    @property
+    def enabled(self) -> list[int]:
+        """The experts that can be chosen; whole groups of them."""
+        return [expert for expert in range(self.num_experts) if expert not in self.disabled]
+
     def rows(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """(E, …) of experts -> (R, …) of groups."""
+        """(E, …) of experts -> (R, …) of groups that can be chosen."""
         weight = weight.to(dtype)
+        if self.disabled:
+            weight = weight[self.enabled]
         return weight if self.group_size == 1 else weight.unflatten(0, (-1, self.group_size)).mean(dim=1)
 
     def _gates(self, scores_TR: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
@@ -100,13 +118,17 @@ class TopKRouter(nn.Module):
         return gates_TK / (total_T1.detach() if self.detach_normalizer else total_T1)
 
     def _of_experts(self, logits_TR, gates_TK, index_TK):
-        """The same of experts, where they were of groups."""
-        G = self.group_size
-        if G == 1:
-            return logits_TR, gates_TK, index_TK
-        members_G = torch.arange(G, device=index_TK.device)
-        index_TKG = (index_TK[..., None] * G + members_G).clamp(max=self.num_experts)
-        return logits_TR.repeat_interleave(G, 1), (gates_TK / G).repeat_interleave(G, 1), index_TKG.flatten(1)
+        """The same of experts, where they were of groups, and of all where some can't be chosen."""
+        G, logits_TE = self.group_size, logits_TR
+        if G > 1:
+            members_G = torch.arange(G, device=index_TK.device)
+            index_TK = (index_TK[..., None] * G + members_G).clamp(max=self.num_enabled).flatten(1)
+            logits_TE, gates_TK = logits_TR.repeat_interleave(G, 1), (gates_TK / G).repeat_interleave(G, 1)
+        if self.disabled:
+            enabled = torch.tensor([*self.enabled, self.num_experts], device=index_TK.device)
+            all_TE = logits_TE.new_full((len(logits_TE), self.num_experts), NEVER)
+            logits_TE, index_TK = all_TE.index_copy(1, enabled[:-1], logits_TE), enabled[index_TK]
+        return logits_TE, gates_TK, index_TK
 
     @torch.no_grad()
     def _count(self, index_TK: torch.Tensor, mask_T: torch.Tensor | None) -> None:
