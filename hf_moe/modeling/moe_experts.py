@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from .moe_sorted_mm import SORTED_MM, runs_sorted, sorted_mm_experts_forward
+from .moe_sorted_mm import SORTED_MM, can_sort, grouped_mm_fits, sorted_mm_experts_forward
 
 
 def activation(name: str, dropout: float) -> nn.Module:
@@ -92,18 +92,13 @@ class MoeExperts(_DispatchedExperts):
     ) -> torch.Tensor:
         """`hidden_states` (T, D), `top_k_index` and `top_k_weights` (T, K) -> (T, D)."""
         implementation = self.config._experts_implementation
-        # This file's function, whatever another version of it has registered since.
-        if implementation == SORTED_MM and runs_sorted(self, hidden_states):
+        fits = grouped_mm_fits(self, hidden_states.dtype)
+        if implementation == SORTED_MM and (fits or can_sort(self, hidden_states)):
+            # This file's function, whatever another version of it has registered since.
             return sorted_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-        if implementation in ("grouped_mm", SORTED_MM) and not self._grouped_mm_fits(hidden_states.dtype):
+        if implementation in ("grouped_mm", SORTED_MM) and not fits:
             return self.loop(hidden_states, top_k_index, top_k_weights)
         return super().forward(hidden_states, top_k_index, top_k_weights)
-
-    def _grouped_mm_fits(self, dtype: torch.dtype) -> bool:
-        """The kernel has no float64, and wants every row to start on a 16-byte boundary. (Widths are read off the
-        tensors: under tensor parallelism a process has some of the neurons.)"""
-        row_bytes = [width * dtype.itemsize for width in self.down_proj.shape[1:]]
-        return dtype != torch.float64 and all(size % 16 == 0 for size in row_bytes)
 
 
 class SharedExpert(nn.Module):

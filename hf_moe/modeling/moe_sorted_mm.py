@@ -16,6 +16,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 SORTED_MM = "sorted_mm"
 
+# Rows an expert gets on average, below which `grouped_mm` is faster: weights are then read, and gradients written, for
+# little to compute (`benchmarks/experts_speed.py`). But one token alone is not sorted.
+FEW_ROWS = {"forward": 16, "training": 64}
+
 
 def sorted_mm_experts_forward(
     self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -25,10 +29,11 @@ def sorted_mm_experts_forward(
     Assignments are sorted by expert, and each expert runs whole, forward and backward, so that its activations stay in
     the cache and below the size that an allocator maps anew each time. Gradients of the weights are written where they
     belong: a loop over slices of a parameter makes, and adds up, a gradient of all of it for each expert.
-    Elsewhere (`runs_sorted`) it is `grouped_mm`.
+    Where it can't run (`can_sort`), and where an expert gets few rows, it is `grouped_mm`.
     """
     experts: Any = self
-    if not runs_sorted(experts, hidden_states):
+    fits = grouped_mm_fits(experts, hidden_states.dtype)
+    if not can_sort(experts, hidden_states) or (fits and has_few_rows(experts, top_k_index)):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, top_k_index, top_k_weights)
     weights = _weights(experts)
     x_TD = hidden_states.to(weights.down_EDF.dtype)
@@ -42,15 +47,32 @@ def sorted_mm_experts_forward(
     return y_TD.to(hidden_states.dtype)
 
 
-def runs_sorted(experts: Any, hidden_states: torch.Tensor) -> bool:
-    """Whether `sorted_mm` runs itself: the number of an expert's tokens must be known, which costs a GPU its queue and
-    torch.compile its graph; and the backward pass makes activations again, so they may not learn or be random."""
+def can_sort(experts: Any, hidden_states: torch.Tensor) -> bool:
+    """Whether `sorted_mm` can run itself: the number of an expert's tokens must be known, which costs a GPU its queue
+    and torch.compile its graph; and the backward pass makes activations again, so they may not learn or be random."""
     return (
         hidden_states.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not experts.has_post_expert_norm
         and not any(_learns_or_drops(part) for part in experts.modules() if part is not experts)
     )
+
+
+def has_few_rows(experts: Any, top_k_index: torch.Tensor) -> bool:
+    """Whether an expert gets so few of `top_k_index` (T, K) that sorting does not pay. (Autocast is of another dtype
+    than the weights, which `grouped_mm` does not cast.)"""
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.is_grad_enabled():
+        return top_k_index.numel() < FEW_ROWS["training"] * experts.num_experts
+    return len(top_k_index) > 1 and top_k_index.numel() < FEW_ROWS["forward"] * experts.num_experts
+
+
+def grouped_mm_fits(experts: Any, dtype: torch.dtype) -> bool:
+    """The kernel has no float64, and wants every row to start on a 16-byte boundary. (Widths are read off the
+    tensors: under tensor parallelism a process has some of the neurons.)"""
+    row_bytes = [width * dtype.itemsize for width in experts.down_proj.shape[1:]]
+    return dtype != torch.float64 and all(size % 16 == 0 for size in row_bytes)
 
 
 def _learns_or_drops(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from hf_moe import BertMoeConfig
+from hf_moe.modeling import moe_sorted_mm
 from hf_moe.modeling.moe_experts import MoeExperts
 from hf_moe.modeling.moe_layers import MoeBlock
 from hf_moe.modeling.moe_losses import load_balancing_loss, router_z_loss
@@ -61,12 +62,19 @@ def outputs_and_gradients(function, experts, x, index, weights):
     return [y.detach(), x.grad, weights.grad, *(p.grad.clone() for p in experts.parameters())]
 
 
+@pytest.fixture(params=["few rows too", "many rows only"])
+def sorting(request, monkeypatch):
+    """What `sorted_mm` sorts: few rows an expert too, which it leaves to `grouped_mm`, or as it does."""
+    if request.param == "few rows too":
+        monkeypatch.setattr(moe_sorted_mm, "FEW_ROWS", {"forward": 0, "training": 0})
+
+
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm", "sorted_mm"])
 @pytest.mark.parametrize(("gated", "bias"), SHAPES)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12), (torch.bfloat16, 6e-2)]
 )
-def test_every_implementation_equals_the_naive_loop(implementation, gated, bias, dtype, tolerance):
+def test_every_implementation_equals_the_naive_loop(sorting, implementation, gated, bias, dtype, tolerance):
     experts = fill(MoeExperts(config(implementation), hidden_act="gelu", gated=gated, bias=bias), dtype)
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(13, 16, generator=generator).to(dtype)
@@ -107,7 +115,7 @@ def test_sorted_mm_under_autocast_is_the_loop_under_autocast(dtype, tokens, grad
     torch.testing.assert_close(got, expected, rtol=3e-2, atol=3e-2 * expected.abs().max().item())
 
 
-def test_sorted_mm_computes_no_gradient_that_nobody_wants():
+def test_sorted_mm_computes_no_gradient_that_nobody_wants(sorting):
     experts = fill(MoeExperts(config("sorted_mm"), hidden_act="gelu")).requires_grad_(False)
     experts.down_proj.requires_grad_(True)
     x = torch.randn(13, 16, requires_grad=True)
@@ -117,7 +125,7 @@ def test_sorted_mm_computes_no_gradient_that_nobody_wants():
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
-def test_sorted_mm_runs_the_mixtures_of_transformers_too(name):
+def test_sorted_mm_runs_the_mixtures_of_transformers_too(sorting, name):
     """GPT-OSS has transposed weights, biases, and gates between its columns."""
     sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "vocab_size": 50}
