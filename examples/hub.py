@@ -23,7 +23,7 @@ sys.modules["hf_moe"] = None
 from transformers import AutoModel, AutoTokenizer
 repo = sys.argv[1]
 model = AutoModel.from_pretrained(repo, trust_remote_code=True)
-inputs = AutoTokenizer.from_pretrained(repo)("A sentence.", return_tensors="pt")
+inputs = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)("A sentence.", return_tensors="pt")
 print(f"{type(model).__name__}: {tuple(model(**inputs).last_hidden_state.shape)}")
 """
 

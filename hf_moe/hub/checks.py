@@ -88,7 +88,9 @@ def _in_clean_process(staged: Staged, job: Path, scratch: Path) -> tuple[dict[st
     if not staged.is_artefact:
         environment["HF_HUB_OFFLINE"] = "1"  # an artefact fetches its base; nothing else needs anything
     command = [sys.executable, "-P", str(clean.__file__), str(staged.folder), str(job), str(outputs)]
-    done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=environment, cwd=scratch, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise SourceError(f"{staged.source}: the staged folder does not load where hf_moe is not: {last}")

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 
 def run(folder: str, auto_class: str, batches: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """`batch.output` -> tensor, of every float output of the model that `auto_class` loads."""
-    remote = "auto_map" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=remote).eval()
+    model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=_has_code(folder)).eval()
     found = {}
     with torch.no_grad():
         for name, inputs in batches.items():
@@ -29,7 +28,12 @@ def run(folder: str, auto_class: str, batches: dict[str, dict[str, torch.Tensor]
 
 def tokens(folder: str, texts: list[str]) -> list[list[int]]:
     """What the folder's tokenizer makes of `texts`."""
-    return transformers.AutoTokenizer.from_pretrained(folder)(texts)["input_ids"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=_has_code(folder))
+    return tokenizer(texts)["input_ids"]
+
+
+def _has_code(folder: str) -> bool:
+    return "auto_map" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
 
 
 def _main(folder: str, job_file: str, outputs_file: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_hub.repocard import metadata_load
 
 from hf_moe.convert.checkpoint import read_json
@@ -117,7 +117,7 @@ def _looked_up(base: Base, repo_id: str, api: HfApi) -> Base:
         try:
             card = api.hf_hub_download(repo_id, "README.md", revision=base.revision)
             metadata = metadata_load(card) or {}
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:  # not the local one, which is raised where the connection is lost
             metadata = {}
     kept = {name: metadata[name] for name in INHERITED if metadata.get(name)}
     return Base(base.source, base.revision, base.sha256, repo_id, kept)

@@ -57,17 +57,22 @@ def _results(facts: dict[str, Any]) -> dict[str, Any] | None:
     if not evaluation or not (evaluation["files"] or evaluation["dataset"]):
         return None
     column = evaluation["models"].index(evaluation["own"])
-    dataset = str(evaluation["dataset"] or ", ".join(evaluation["files"]))
+    dataset = _one_line(evaluation["dataset"] or ", ".join(evaluation["files"]))
     results = [
         EvalResult(
-            task_type=facts["pipeline"] or evaluation["task"],
+            task_type=facts["pipeline"] or _one_line(evaluation["task"]),
             dataset_type="dataset" if evaluation["dataset"] else "files",
             dataset_name=dataset,
-            dataset_split=evaluation["split"],
-            metric_type=name,
+            dataset_split=_one_line(evaluation["split"]),
+            metric_type=_one_line(name),
             metric_value=figures[column],
         )
         for name, figures in evaluation["rows"]
         if figures[column] is not None
     ]
     return {"eval_results": results, "model_name": facts["name"]} if results else None
+
+
+def _one_line(value: Any) -> str:
+    """A line of its own could end the metadata."""
+    return " ".join(str(value).split())

@@ -215,8 +215,9 @@ def _additions(staged: Staged) -> list[CommitOperationAdd]:
 def _is_stale(name: str, staged: Staged) -> bool:
     """Whether a file on the Hub is an earlier version's, such as the one file of weights that are in shards now, which
     would be loaded instead of them."""
-    code = name.endswith("_moe.py") or name.startswith("moe_")
-    return name not in staged.files and ((is_allowed(name) and name != CARD) or code)
+    if name in staged.files or name.startswith(KEPT):
+        return False
+    return is_allowed(name) or (name.endswith(".py") and ("_moe." in name or name.startswith("moe_")))
 
 
 def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:

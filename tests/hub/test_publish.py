@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub.utils._http as http
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import hf_moe
@@ -23,7 +26,7 @@ LOAD = """
 import sys, torch, transformers
 from safetensors.torch import save_file
 model = getattr(transformers, sys.argv[2]).from_pretrained(sys.argv[1], trust_remote_code=True)
-tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 inputs = tokenizer("abba bed the dog sat on the mat", return_tensors="pt")
 with torch.no_grad():
     save_file({"logits": model(**inputs).logits}, sys.argv[3])
@@ -50,12 +53,36 @@ def bert(made, tmp_path):
 
 
 @pytest.fixture
-def send(client):
+def send_alone(client):
     """Runs `hf-moe publish` in a process of its own."""
 
-    def run(folder, *options, repo="ann/model", ok=True, **how):
-        options = options if "--base-model" in options else ("--base-model", "none", *options)
-        return client(COMMAND, "publish", folder, repo, *options, ok=ok, **how)
+    def run(folder, *options, **how):
+        return client(COMMAND, "publish", folder, "ann/model", "--base-model", "none", *options, **how)
+
+    return run
+
+
+@pytest.fixture
+def send(hub, hf_moe_command, monkeypatch, tmp_path):
+    """Runs it in this process, which saves its start, and without trying the folder in a clean one."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(http, "time", SimpleNamespace(**{**vars(http.time), "sleep": lambda seconds: None}))
+    monkeypatch.setattr(sys.modules["hf_moe.hub.publish"], "check_loads", lambda staged: 0)
+
+    def run(folder, *options, repo="ann/model", ok=True, token="token-of-ann", base="none"):
+        options = (*options, *(("--base-model", base) if base else ()))
+        (tmp_path / "token").unlink(missing_ok=True)
+        if token:
+            (tmp_path / "token").write_text(token)
+        code, out, err = hf_moe_command("publish", folder, repo, *options)
+        assert not ok or code == 0, err
+        return out if ok else SimpleNamespace(returncode=code, stdout=out, stderr=err)
 
     return run
 
@@ -78,10 +105,10 @@ def refusal(done) -> str:
         ("llama", {"target": "native"}, "AutoModelForCausalLM", False),
     ],
 )
-def test_a_stranger_gets_the_same_outputs(family, how, auto_class, xet, made, send, client, tmp_path):
+def test_a_stranger_gets_the_same_outputs(family, how, auto_class, xet, made, send_alone, client, tmp_path):
     folder = made(family, **how)
     with Hub(tmp_path / "other", xet=xet) as hub:
-        told = json.loads(send(folder, "--private", "--tag", "v1", "--json", at=hub))
+        told = json.loads(send_alone(folder, "--private", "--tag", "v1", "--json", at=hub))
         assert told["compared"] > 1000
         assert hub.history("ann/model") == ["Published by hf_moe", "initial commit"]
         assert hub.repos.all["ann/model"].private
@@ -347,11 +374,10 @@ def test_what_does_not_load_elsewhere_is_not_sent(hub, bert, monkeypatch, tmp_pa
 
 
 def test_the_base_is_a_repository_and_still_the_same(hub, send, client, bert, dense_folder):
-    assert "the bases are" in refusal(send(bert, "--base-model", "elsewhere=x/y", ok=False))
-    done = client(COMMAND, "publish", bert, "ann/model", ok=False)
-    assert "which others don't have" in refusal(done)
-    assert "no id of a repository" in refusal(send(bert, "--base-model", "../bert", ok=False))
-    assert "no such repository" in refusal(send(bert, "--base-model", "google/bert", ok=False))
+    assert "the bases are" in refusal(send(bert, base="elsewhere=x/y", ok=False))
+    assert "which others don't have" in refusal(send(bert, base=None, ok=False))
+    assert "no id of a repository" in refusal(send(bert, base="../bert", ok=False))
+    assert "no such repository" in refusal(send(bert, base="google/bert", ok=False))
     dense = dense_folder("bert")
     card = "---\nlicense: cc-by-4.0\nlanguage: [en, de]\n---\nA base.\n"
     upload = """
@@ -362,13 +388,16 @@ HfApi().create_repo("ann/base", exist_ok=True)
 HfApi().create_commit("ann/base", adds, commit_message="m")
 """
     client(upload, dense / "model.safetensors", card)
-    send(bert, "--base-model", "ann/base")
+    send(bert, base="ann/base")
     sent = hub.files("ann/model")["README.md"].decode()
     front = sent.split("---")[1]
     for line in ("license: cc-by-4.0", "- en\n- de", "base_model:\n- ann/base", "base_model_relation: finetune"):
         assert line in front
+    hub.fault("HEAD .*README.md", "status", times=9)
+    assert "ann/base" in refusal(send(bert, "--revision", "other", base="ann/base", ok=False))
+    hub.faults.clear()
     client(upload, bert / "model.safetensors", card)
-    told = refusal(send(bert, "--base-model", "ann/base", ok=False))
+    told = refusal(send(bert, base="ann/base", ok=False))
     assert file_sha256(dense / "model.safetensors") in told
     assert file_sha256(bert / "model.safetensors") in told
 
