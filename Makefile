@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-hub test test-slow lint format bench bench-convert clean
+.PHONY: demo demo-hub test test-slow lint format bench bench-speed bench-claims bench-convert clean
 
 demo: $(VENV)/demo  ## a real BERT becomes a mixture of experts
 	$(BIN)/python examples/minilm.py
@@ -39,6 +39,13 @@ bench: $(VENV)/dev  ## the figures in benchmarks/
 	$(BIN)/python benchmarks/routing_report.py
 	PYTHONPATH=. $(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/experts_export.py
+
+bench-speed: $(VENV)/dev  ## experts and whole models against dense layers and Transformers' own (wants a quiet machine)
+	$(BIN)/python benchmarks/experts_speed.py
+	$(BIN)/python benchmarks/end_to_end.py
+
+bench-claims: $(VENV)/dev  ## what mixtures gain on their dense models (hours; may be stopped, and goes on)
+	$(BIN)/python benchmarks/claims.py
 
 bench-convert: $(VENV)/dev  ## conversion against the disk and mergekit-moe (needs 40 GB of disk)
 	$(BIN)/python benchmarks/convert_speed.py

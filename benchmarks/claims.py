@@ -1,21 +1,22 @@
 """Whether a mixture gains on the dense model that it came from, when both train on the same batches.
 
     python benchmarks/claims.py domains|ner|rotten-tomatoes|reuters [--arms …] [--seeds 3] [--minutes 60]
+    python benchmarks/claims.py domains --time
     python benchmarks/claims.py --show
 
 Each experiment is a recipe in `recipes/claims`, each arm what `arms.yaml` there adds to it. A seed is of the batches'
 order, of dropout, and of whatever is drawn when the model starts; every arm begins with the same dense weights, task
 head included. What was measured is kept in `claims/EXPERIMENT.json` after each run, with its curve, so that a long
-experiment may be done in parts: a run that is there is not done again.
+experiment may be done in parts: a run that is there is not done again. Such runs share the machine with whatever else
+goes on; what steps cost in time is measured by `--time` on a quiet one: a few of every arm in turn, three rounds.
 
 `domains` goes on with a GPT-2 of 4 layers and 256 wide, which `english-gpt2.yaml` trains first (in minutes). The
 others train MiniLM-L6. Text and models lie in `build/corpora`.
 """
 
 import argparse
+import contextlib
 import json
-import os
-import platform
 import shutil
 import statistics
 import time
@@ -44,7 +45,7 @@ EXPERIMENTS: dict[str, tuple[list[str], str, bool]] = {
     "rotten-tomatoes": (["rotten-tomatoes"], "test_accuracy", True),
     "reuters": (["reuters"], "test_f1_macro", True),
 }
-VOCABULARY = 8192
+VOCABULARY = 4096
 
 
 def english_gpt2() -> str:
@@ -83,8 +84,8 @@ def minilm(recipe: TrainRecipe, seed: int) -> str:
     return made
 
 
-def run(experiment: str, arm: str, seed: int) -> dict[str, Any]:
-    """One training run: figures at the start and the end, the curve, and what it cost."""
+def trained(experiment: str, arm: str, seed: int, **keys: Any) -> dict[str, Any]:
+    """The report of one training run."""
     values = yaml.safe_load((RECIPES / f"{experiment}.yaml").read_text())
     start = english_gpt2() if experiment == "domains" else minilm(TrainRecipe.from_dict(values), seed)
     added = dict(ARMS[arm])
@@ -92,10 +93,15 @@ def run(experiment: str, arm: str, seed: int) -> dict[str, Any]:
         added["upcycle"] = added["upcycle"] | {"seed": seed}
     output = Path("trained")
     shutil.rmtree(output, ignore_errors=True)
-    recipe = TrainRecipe.from_dict(values | added | {"model_name_or_path": start, "seed": seed})
-    begun = time.perf_counter()
+    recipe = TrainRecipe.from_dict(values | added | {"model_name_or_path": start, "seed": seed} | keys)
     report = train(recipe, quiet=True).report
     shutil.rmtree(output)
+    return report
+
+
+def run(experiment: str, arm: str, seed: int) -> dict[str, Any]:
+    """One training run: figures at the start and the end, the curve, and what it cost."""
+    report = trained(experiment, arm, seed)
     curve = [row for row in report["history"] if "eval_loss" in row]
     return {
         "metrics": report["metrics"],
@@ -104,11 +110,31 @@ def run(experiment: str, arm: str, seed: int) -> dict[str, Any]:
         "tokens": report["tokens"],
         "active_flops": report["active_flops"],
         "active_parameters": report["active_parameters"],
-        "train_seconds": report["metrics"]["train_runtime"],
-        "seconds": time.perf_counter() - begun,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": report["versions"],
     }
+
+
+def run_all(experiment: str, arms: list[str], seeds: int, until: float) -> None:
+    """Every run that is missing, a seed after the other, none begun later than `until`."""
+    for seed in range(seeds):
+        for arm in arms:
+            found = results(experiment)
+            if str(seed) not in found.get(arm, {}) and time.monotonic() < until:
+                found.setdefault(arm, {})[str(seed)] = run(experiment, arm, seed)
+                keep(experiment, found)
+                Console().print(table(experiment))
+
+
+def time_steps(experiment: str, arms: list[str], steps: int = 12, rounds: int = 3) -> dict[str, float]:
+    """Arm -> tokens trained on a second, the median of `rounds`, every arm once in each."""
+    speeds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(rounds):
+        for arm in arms:
+            no_evaluation = {"eval_strategy": "no", "eval_on_start": False, "validation_file": None, "test_file": None}
+            report = trained(experiment, arm, 0, max_steps=steps, logging_steps=steps // 3, **no_evaluation)
+            logged = [row["tokens_per_second"] for row in report["history"] if "tokens_per_second" in row]
+            speeds[arm].append(statistics.median(logged[1:]))  # the first steps warm up
+    return {arm: statistics.median(values) for arm, values in speeds.items()}
 
 
 def results(experiment: str) -> dict[str, dict[str, Any]]:
@@ -116,20 +142,20 @@ def results(experiment: str) -> dict[str, dict[str, Any]]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def keep(experiment: str, arm: str, seed: int, made: dict[str, Any]) -> None:
-    found = results(experiment)
-    found.setdefault(arm, {})[str(seed)] = made
+def keep(name: str, found: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
-    temporary = RESULTS / f".{experiment}.json"
+    temporary = RESULTS / f".{name}.json"
     temporary.write_text(json.dumps(found, indent=1) + "\n")
-    temporary.replace(RESULTS / f"{experiment}.json")
+    temporary.replace(RESULTS / f"{name}.json")
 
 
 def table(experiment: str) -> Table:
-    """Mean ± standard deviation over seeds; differences from the dense model seed by seed."""
+    """Mean ± standard deviation over seeds; differences from the dense model seed by seed. FLOPs and time are those of
+    the dense model's training times; `start` is by how much the first evaluation's loss differs, at most."""
     _, figure, _ = EXPERIMENTS[experiment]
     found = results(experiment)
-    made = Table("arm", "seeds", "active FLOPs", "train seconds", "start", figure, "less dense", title=experiment)
+    speed = results("speed").get(experiment, {})
+    made = Table("arm", "seeds", "FLOPs", "time", "start", figure, "less dense", title=experiment)
     for arm in [arm for arm in ARMS if arm in found]:
         dense = {seed: found["dense"][seed] for seed in found[arm] if seed in found.get("dense", {})}
         rows = {seed: found[arm][seed] for seed in dense}
@@ -142,7 +168,7 @@ def table(experiment: str) -> Table:
             arm,
             str(len(rows)),
             f"{statistics.mean(cost):.2f}",
-            f"{statistics.mean(row['train_seconds'] for row in rows.values()):.0f}",
+            f"{speed['dense'] / speed[arm]:.2f}" if arm in speed else "",
             f"{start:.1e}",
             spread([row["metrics"][figure] for row in rows.values()]),
             spread(differences) if arm != "dense" else "",
@@ -161,25 +187,20 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    parser.add_argument("--time", action="store_true", help="measure what steps cost, and nothing else")
     parser.add_argument("--show", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     until = time.monotonic() + 60 * arguments.minutes
     wanted = arguments.experiments or list(EXPERIMENTS)
-    if not arguments.show:
-        RESULTS.mkdir(exist_ok=True)
-        for experiment in wanted:
-            for corpus in EXPERIMENTS[experiment][0]:
-                fetch(corpus)
-            here = Path.cwd()
-            os.chdir(FOLDER)
-            todo = [(seed, arm) for seed in range(arguments.seeds) for arm in arguments.arms]
-            for seed, arm in todo:
-                if str(seed) in results(experiment).get(arm, {}) or time.monotonic() > until:
-                    continue
-                keep(experiment, arm, seed, run(experiment, arm, seed))
-                Console().print(table(experiment))
-            os.chdir(here)
+    for experiment in [] if arguments.show else wanted:
+        for corpus in EXPERIMENTS[experiment][0]:
+            fetch(corpus)
+        with contextlib.chdir(FOLDER):
+            if arguments.time:
+                keep("speed", results("speed") | {experiment: time_steps(experiment, arguments.arms)})
+            else:
+                run_all(experiment, arguments.arms, arguments.seeds, until)
     for experiment in wanted:
         Console(width=130).print(table(experiment))
 

@@ -34,7 +34,7 @@ from hf_moe.modeling.moe_experts import MoeExperts
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm", "sorted_mm")
 TOKENS = (1, 16, 128, 2048, 8192)
 MAX_COPIED = 2**28
-SECONDS = 30  # that one row of the table may take: fewer runs where it would be more
+SECONDS = 15  # that one row of the table may take: fewer runs where it would be more
 
 
 @dataclass(frozen=True)

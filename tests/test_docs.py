@@ -87,6 +87,32 @@ def count_statement_lines(source: str) -> int:
     return sum(bool(source.splitlines()[line - 1].strip()) for line in lines)
 
 
+def test_the_speeds_of_experts_are_those_measured():
+    """Rows: a shape, then ours and the fastest of Transformers' own as fractions of the dense layer's speed."""
+    usage = (ROOT / "docs" / "usage.md").read_text()
+    [measured] = json.loads((ROOT / "benchmarks" / "experts_speed.json").read_text()).values()
+    columns = [f"{dtype} T=2048 {mode}" for dtype in ("float32", "bfloat16") for mode in ("forward", "training")]
+    columns += ["float32 T=1 forward", "bfloat16 T=1 forward"]
+    for shape in ("MiniLM", "BERT-base", "GPT-2", "SmolLM", "granular"):
+        cells = []
+        for column in columns:
+            times = dict(measured[f"{shape} {column}"])
+            dense, ours = times.pop("dense"), times.pop("sorted_mm")
+            cells.append(f"{dense / ours:.2f} ({dense / min(times.values()):.2f})")
+        assert re.search(rf"^\| {shape} \(.*\) \| {re.escape(' | '.join(cells))} \|$", usage, re.MULTILINE), shape
+
+
+def test_the_speeds_of_models_are_those_measured():
+    usage = (ROOT / "docs" / "usage.md").read_text()
+    for family, models in json.loads((ROOT / "benchmarks" / "end_to_end.json").read_text()).items():
+        for who, found in models.items():
+            decoding = f"{found['decoding']:.1f}" if "decoding" in found else ""
+            size, forward, training = (found[name] for name in ("parameters", "forward", "training_step"))
+            cells = f"{size / 1e6:.0f} M | {forward:.0f} | {training:.0f} | {decoding}"
+            name = {"bert": "BERT-base", "gpt2": "GPT-2"}[family]
+            assert f"| {name}, {who} | {cells} |" in usage
+
+
 def test_the_speeds_of_the_readme_are_those_measured():
     """Rows: what, then one cell a shape; each figure as the benchmark wrote it."""
     readme = (ROOT / "README.md").read_text()

@@ -191,13 +191,13 @@ def trained(report: dict[str, Any], path: Path, as_json: bool) -> None:
 SPEEDS = ("_runtime", "_per_second", "_preparation_time", "total_flos")
 
 
-def _trains(trains: dict[str, Any]) -> dict[str, str]:
+def _trains(trains: dict[str, Any]) -> dict[str, str | None]:
     kinds, new = trains["by_kind"].items(), trains["new"]
     told = ", ".join(f"{kind} {row['parameters']:,} of {row['of']:,}" for kind, row in kinds)
     return {
         "trains": f"{trains['tensors']} tensors, {trains['parameters']:,} of {trains['of']:,} parameters "
         f"({trains['share']:.1%}): {told}",
-        "new": f"{', '.join(new[:4])}{f' and {len(new) - 4} more' if new[4:] else ''}",
+        "new": f"{', '.join(new[:4])}{f' and {len(new) - 4} more' if new[4:] else ''}" if new else None,
     }
 
 

@@ -168,10 +168,13 @@ class _SortedExperts(torch.autograd.Function):
         wide = torch.promote_types(dtype, torch.float32)
         x_grad: Any = torch.zeros_like(x_TD, dtype=wide) if wants_x else None
         gates_grad_S: Any = gates_TK.new_zeros(gates_TK.numel()) if wants_gates else None
-        up_grad, up_bias_grad = _empty(up_EAD, wants_up), _empty(up_bias_EA, wants_up_bias)
-        down_grad, down_bias_grad = _empty(down_EDF, wants_down), _empty(down_bias_ED, wants_down_bias)
-
         by_expert = ctx.assignments.by_expert()
+        make = torch.empty_like if len(by_expert) == len(down_EDF) else torch.zeros_like  # 0 for those without tokens
+        up_grad: Any = make(up_EAD) if wants_up else None
+        up_bias_grad: Any = make(up_bias_EA) if wants_up_bias else None
+        down_grad: Any = make(down_EDF) if wants_down else None
+        down_bias_grad: Any = make(down_bias_ED) if wants_down_bias else None
+
         for (expert, place_R, token_R), a_RA in zip(by_expert, kept, strict=True):
             a_RA = a_RA.detach().requires_grad_()
             with torch.enable_grad():
@@ -199,17 +202,9 @@ class _SortedExperts(torch.autograd.Function):
             if wants_x:
                 x_grad.index_add_(0, token_R, (a_grad_RA @ up_EAD[expert]).to(wide))
 
-        for expert in set(range(len(down_EDF))) - {expert for expert, _, _ in by_expert}:
-            for gradient in (up_grad, up_bias_grad, down_grad, down_bias_grad):
-                if gradient is not None:
-                    gradient[expert].zero_()
         gates_grad = gates_grad_S.view_as(gates_TK) if wants_gates else None
         x_grad = x_grad.to(dtype) if wants_x else None
         return x_grad, gates_grad, None, None, up_grad, up_bias_grad, down_grad, down_bias_grad
-
-
-def _empty(weight: Any, wanted: bool) -> Any:
-    return torch.empty_like(weight) if wanted else None
 
 
 ExpertsInterface.register(SORTED_MM, sorted_mm_experts_forward)

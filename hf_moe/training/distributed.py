@@ -60,8 +60,9 @@ def check_distributed(config: PretrainedConfig, wanted: DistributedConfig) -> No
 def leaf_classes(model: nn.Module) -> list[str]:
     """Names of the classes that hold a router and experts.
 
-    ZeRO-3 gathers a module's weights when it runs. Which experts run depends on the tokens, so processes would wait
-    for each other's for ever: their block has to be gathered whole.
+    ZeRO-3 gathers a module's weights when it runs. Where experts are modules, which of them run depends on the tokens,
+    and processes would wait for each other for ever: their block has to be gathered whole. (Experts that lie in one
+    module, as ours, need it less.)
     """
     blocks = (model.get_submodule(name.rpartition(".")[0]) for name in experts_of(model).values())
     return sorted({type(block).__name__ for block in blocks})

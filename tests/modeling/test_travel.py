@@ -12,20 +12,28 @@ import pytest
 import torch
 
 import hf_moe.modeling
-from tests.conftest import FAMILIES, assert_equal, batch, tiny_moe
+from hf_moe.modeling import CONFIGS, model_class
+from tests.conftest import FAMILIES, assert_equal, batch, lm_class, tiny_moe
 from tests.families import TESTED
 
+# Loads and saves again every folder of the JSON in its argument; what fails is written down, and the next one's turn.
 LOAD = """
-import importlib.util, sys, torch, transformers
+import importlib.util, json, pathlib, sys, torch, traceback, transformers
 assert importlib.util.find_spec("hf_moe") is None, "this process must not know hf_moe"
-folder, auto, resaved, outputs = sys.argv[1:]
-model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True).eval()
-inputs = torch.load(outputs + ".inputs")
-with torch.no_grad():
-    torch.save(model(**inputs, output_router_logits=True).to_tuple(), outputs)
-model.save_pretrained(resaved)
-assert type(model.config) is type(model).config_class, "the configuration class exists twice"
-assert model.config._experts_implementation == "sorted_mm"
+
+def load(source, auto, resaved, inputs, outputs):
+    model = getattr(transformers, auto).from_pretrained(source, trust_remote_code=True).eval()
+    with torch.no_grad():
+        torch.save(model(**torch.load(inputs), output_router_logits=True).to_tuple(), outputs)
+    model.save_pretrained(resaved)
+    assert type(model.config) is type(model).config_class, "the configuration class exists twice"
+    assert model.config._experts_implementation == "sorted_mm"
+
+for job in json.loads(sys.argv[1]):
+    try:
+        load(**job)
+    except Exception:
+        pathlib.Path(job["outputs"] + ".error").write_text(traceback.format_exc())
 """
 
 
@@ -40,39 +48,55 @@ def stranger(tmp_path_factory):
     return folder / "venv" / "bin" / "python"
 
 
-def run_stranger(python, *arguments, cache):
+def run_stranger(python, jobs, cache):
+    cache.mkdir()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cache / "modules")}
-    done = subprocess.run(
-        [python, "-c", LOAD, *map(str, arguments)], env=environment, cwd=cache, capture_output=True, text=True
-    )
+    command = [python, "-c", LOAD, json.dumps(jobs, default=str)]
+    done = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def travelled(stranger, tmp_path_factory):
+    """A folder for each family: `first` as we save it; `second`, which a stranger saved who had loaded that, and
+    `third`, saved by one who had loaded the second, with the outputs of both."""
+    folder = tmp_path_factory.mktemp("travelled")
+    for family in FAMILIES:
+        tiny_moe(family).save_pretrained(folder / family / "first")
+        torch.save(batch(family), folder / family / "inputs.pt")
+    for source, resaved in (("first", "second"), ("second", "third")):
+        jobs = [
+            {
+                "source": folder / family / source,
+                "auto": TESTED[family].lm,
+                "resaved": folder / family / resaved,
+                "inputs": folder / family / "inputs.pt",
+                "outputs": folder / family / f"of-{source}.pt",
+            }
+            for family in FAMILIES
+        ]
+        run_stranger(stranger, jobs, folder / f"cache-{source}")
+    return folder
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loads_and_saves_itself_without_hf_moe(family, stranger, tmp_path):
-    model = tiny_moe(family)
-    model.save_pretrained(tmp_path / "first")
-    inputs = batch(family)
-    loaded = type(model).from_pretrained(tmp_path / "first")  # weights lie in memory as they will for the stranger
-    expected = loaded.eval()(**inputs, output_router_logits=True).to_tuple()
-    auto = TESTED[family].lm
-    outputs = tmp_path / "outputs.pt"
-    torch.save(inputs, f"{outputs}.inputs")
-
-    for source, resaved in (("first", "second"), ("second", "third")):
-        cache = tmp_path / f"cache-{source}"
-        cache.mkdir()
-        run_stranger(stranger, tmp_path / source, auto, tmp_path / resaved, outputs, cache=cache)
-        assert_equal(torch.load(outputs, weights_only=False), expected)
-    first, third = tmp_path / "first", tmp_path / "third"
+def test_loads_and_saves_itself_without_hf_moe(family, travelled):
+    folder = travelled / family
+    errors = [file.read_text() for file in sorted(folder.glob("*.error"))]
+    assert not errors, errors[0]
+    loaded = model_class(CONFIGS[family], lm_class(family)).from_pretrained(folder / "first").eval()
+    expected = loaded(**torch.load(folder / "inputs.pt"), output_router_logits=True).to_tuple()
+    for source in ("first", "second"):
+        assert_equal(torch.load(folder / f"of-{source}.pt", weights_only=False), expected)
+    first, third = folder / "first", folder / "third"
     assert {file.name for file in first.iterdir()} == {file.name for file in third.iterdir()}
     for file in first.glob("*.py"):
         assert file.read_bytes() == (third / file.name).read_bytes()
-    configs = [json.loads((folder / "config.json").read_text()) for folder in (first, third)]
+    configs = [json.loads((saved / "config.json").read_text()) for saved in (first, third)]
     assert configs[0]["auto_map"] == configs[1]["auto_map"]
-    assert type(model).from_pretrained(third).config.num_experts == 4
+    assert type(loaded).from_pretrained(third).config.num_experts == 4
 
 
 HOME = Path(hf_moe.modeling.__file__).parent

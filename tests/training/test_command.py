@@ -1,6 +1,7 @@
 """`hf-moe train` as a user types it."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -31,6 +32,7 @@ def test_every_task_trains(task, family, mixture, hf_moe_command, tmp_path):
     assert code == 0, err
     assert "step 2/2: loss" in err
     assert "parameters (100.0%)" in out
+    assert not re.search(r"^new *$", out, re.MULTILINE)
     made = tmp_path / "out"
     assert not (tmp_path / "out.partial").exists()
     assert {"model.safetensors", "config.json", "recipe.yaml", "training.json", "moe_layers.py"} <= {
@@ -105,6 +107,7 @@ def test_dry_run_tells_and_writes_nothing(mixture, hf_moe_command, tmp_path):
     assert "learning_rate: 0.0002" in out
     assert "experts" in out
     assert "sha256" in out
+    assert re.search(r"new +bert\.pooler\.dense\.bias, ", out)
     code, out, _ = hf_moe_command("train", recipe, "--dry-run", "--json")
     told = json.loads(out)
     assert TrainRecipe.from_dict(told["recipe"]).method.freeze == "experts_only"

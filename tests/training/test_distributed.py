@@ -1,5 +1,7 @@
 """What several devices are told of a mixture, and what is refused before they wait for each other."""
 
+import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,9 +9,12 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DeepSpeedPlugin
 from transformers import BertConfig, MixtralConfig, MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from hf_moe.errors import UsageError
+from hf_moe.modeling.moe_layers import MoeBlock
 from hf_moe.recipes import __file__ as recipes_file
 from hf_moe.training.distributed import LEAF_CLASSES, distributed_config, leaf_classes, set_leaf_modules
 from tests.conftest import tiny_moe
@@ -81,6 +86,27 @@ def test_blocks_are_leaves_for_zero_3(monkeypatch):
     made = accelerator(transformer_moe_cls_names=None)
     set_leaf_modules(model, made)
     assert made.state.deepspeed_plugin.transformer_moe_cls_names is None
+
+
+def test_accelerate_hands_the_blocks_to_deepspeed(monkeypatch):
+    """DeepSpeed's function is stood in for, what calls it is Accelerate's. (The real one: benchmarks/zero3.py.)"""
+    told = []
+    stand_in = SimpleNamespace(set_z3_leaf_modules=lambda model, classes: told.append((model, classes)))
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(utils=stand_in))
+    monkeypatch.setitem(sys.modules, "deepspeed.utils", stand_in)
+    monkeypatch.setattr("accelerate.utils.dataclasses.compare_versions", lambda *a: False)
+    for model, block in ((tiny_moe("gpt2"), MoeBlock), (tiny_mixtral(), MixtralSparseMoeBlock)):
+        plugin = SimpleNamespace(transformer_moe_cls_names=None)
+        set_leaf_modules(model, SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
+        DeepSpeedPlugin.set_moe_leaf_modules(plugin, model)
+        assert told.pop() == (model, [block])
+
+
+def test_zero_3_was_as_one_process():
+    """What benchmarks/zero3.py wrote, with the real DeepSpeed."""
+    for run in json.loads((Path(__file__).parents[2] / "benchmarks" / "zero3.json").read_text())["runs"]:
+        assert (run["distributed_type"], run["processes"], run["sharded"]) == ("DEEPSPEED", 2, True)
+        assert max(run["loss_difference"], run["gradient_difference"]) < 1e-6
 
 
 @pytest.mark.parametrize("file", ACCELERATE, ids=lambda file: file.name)
