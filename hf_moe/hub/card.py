@@ -44,8 +44,12 @@ def render(facts: dict[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+
+    def of_fenced(value: Any, language: str = "") -> Markup:
+        return Markup(fenced(str(value), language))
+
     environment.filters |= {
-        "fenced": lambda value, language="": Markup(fenced(str(value), language)),
+        "fenced": of_fenced,
         "code": lambda value: Markup(inline(str(value))),
         "literal": lambda value: Markup(json.dumps(str(value))),
         "number": lambda value: Markup(plain(number(value))),
