@@ -373,7 +373,7 @@ def test_what_does_not_load_elsewhere_is_not_sent(hub, bert, monkeypatch, tmp_pa
         checks.check_loads(staging.Staged(tmp_path / "other", bert, staged.config, []))
 
 
-def test_the_base_is_a_repository_and_still_the_same(hub, send, client, bert, dense_folder):
+def test_the_base_is_a_repository_and_still_the_same(hub, send, client, bert, dense_folder, tmp_path):
     assert "the bases are" in refusal(send(bert, base="elsewhere=x/y", ok=False))
     assert "which others don't have" in refusal(send(bert, base=None, ok=False))
     assert "no id of a repository" in refusal(send(bert, base="../bert", ok=False))
@@ -394,6 +394,7 @@ HfApi().create_commit("ann/base", adds, commit_message="m")
     for line in ("license: cc-by-4.0", "- en\n- de", "base_model:\n- ann/base", "base_model_relation: finetune"):
         assert line in front
     hub.fault("HEAD .*README.md", "status", times=9)
+    shutil.rmtree(tmp_path / "cache")
     assert "ann/base" in refusal(send(bert, "--revision", "other", base="ann/base", ok=False))
     hub.faults.clear()
     client(upload, bert / "model.safetensors", card)
