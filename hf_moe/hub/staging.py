@@ -196,7 +196,7 @@ def _add_report(report: Path, folder: Path) -> None:
 
 def _write_code(source: Path, folder: Path, config: dict[str, Any]) -> set[str]:
     """Writes `config.json` with all Auto classes, and the code that they name -> names of what was written."""
-    family = next((one for one in CONFIGS.values() if one.model_type == config.get("model_type")), None)  # type: ignore[attr-defined]
+    family = next((one for one in CONFIGS.values() if one.model_type == config.get("model_type")), None)
     if family is not None:
         auto_map = {auto: f"{family.modeling_module}.{name}" for auto, name in family.auto_classes.items()}
         config["auto_map"] = {**auto_map, "AutoConfig": f"{family.modeling_module}.{family.__name__}"}
