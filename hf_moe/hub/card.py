@@ -33,23 +33,26 @@ def render(facts: dict[str, Any]) -> str:
         from markupsafe import Markup
     except ImportError as error:
         raise UsageError("a card needs jinja2; install it with `pip install hf_moe[plots]`.") from error
+
+    def finalize(value: Any) -> Markup:
+        return value if isinstance(value, Markup) else Markup(plain(value))
+
+    def as_code(value: Any, language: str = "") -> Markup:
+        return Markup(fenced(str(value), language))
+
     folder = resources.files(model_cards)
     names = ["card.md.j2", *TEMPLATES.values()]
     environment = ImmutableSandboxedEnvironment(
         loader=DictLoader({name: folder.joinpath(name).read_text(encoding="utf-8") for name in names}),
         undefined=StrictUndefined,
-        finalize=lambda value: value if isinstance(value, Markup) else Markup(plain(value)),
+        finalize=finalize,
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-
-    def of_fenced(value: Any, language: str = "") -> Markup:
-        return Markup(fenced(str(value), language))
-
     environment.filters |= {
-        "fenced": of_fenced,
+        "fenced": as_code,
         "code": lambda value: Markup(inline(str(value))),
         "literal": lambda value: Markup(json.dumps(str(value))),
         "number": lambda value: Markup(plain(number(value))),

@@ -94,7 +94,7 @@ def _results(staged: Staged, kind: str) -> dict[str, Any]:
     evaluation = _evaluation(read("metrics.json"), own)
     if evaluation and own not in evaluation["models"]:
         raise SourceError(f"{staged.source}: its metrics.json is of other models, {', '.join(evaluation['models'])}.")
-    versions: dict[str, str] = next((one["versions"] for one in (training, certificate, routing) if one), {})
+    versions: dict[str, Any] = next((one["versions"] for one in (training, certificate, routing) if one), {})
     return {
         "model": model,
         "certificate": certificate and _certificate(certificate),
