@@ -16,9 +16,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 SORTED_MM = "sorted_mm"
 
-# Rows an expert gets on average, below which `grouped_mm` is faster: weights are then read, and gradients written, for
-# little to compute (`benchmarks/experts_speed.py`). But one token alone is not sorted.
-FEW_ROWS = {"forward": 16, "training": 64}
+# Tokens below which `grouped_mm` is faster: weights are then read, and gradients written, for little to compute
+# (`benchmarks/experts_speed.py`). But one token alone is not sorted. (How many experts there are does not count, so that
+# disabled ones leave the others' outputs as they are, bit for bit.)
+FEW_TOKENS = {"forward": 64, "training": 256}
 
 
 def sorted_mm_experts_forward(
@@ -29,11 +30,11 @@ def sorted_mm_experts_forward(
     Assignments are sorted by expert, and each expert runs whole, forward and backward, so that its activations stay in
     the cache and below the size that an allocator maps anew each time. Gradients of the weights are written where they
     belong: a loop over slices of a parameter makes, and adds up, a gradient of all of it for each expert.
-    Where it can't run (`can_sort`), and where an expert gets few rows, it is `grouped_mm`.
+    Where it can't run (`can_sort`), and for few tokens, it is `grouped_mm`.
     """
     experts: Any = self
     fits = grouped_mm_fits(experts, hidden_states.dtype)
-    if not can_sort(experts, hidden_states) or (fits and has_few_rows(experts, top_k_index)):
+    if not can_sort(experts, hidden_states) or (fits and are_few(len(hidden_states))):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, top_k_index, top_k_weights)
     weights = _weights(experts)
     x_TD = hidden_states.to(weights.down_EDF.dtype)
@@ -58,14 +59,14 @@ def can_sort(experts: Any, hidden_states: torch.Tensor) -> bool:
     )
 
 
-def has_few_rows(experts: Any, top_k_index: torch.Tensor) -> bool:
-    """Whether an expert gets so few of `top_k_index` (T, K) that sorting does not pay. (Autocast is of another dtype
-    than the weights, which `grouped_mm` does not cast.)"""
+def are_few(tokens: int) -> bool:
+    """Whether sorting so many does not pay. (Autocast is of another dtype than the weights, which `grouped_mm` does not
+    cast.)"""
     if torch.is_autocast_enabled("cpu"):
         return False
     if torch.is_grad_enabled():
-        return top_k_index.numel() < FEW_ROWS["training"] * experts.num_experts
-    return len(top_k_index) > 1 and top_k_index.numel() < FEW_ROWS["forward"] * experts.num_experts
+        return tokens < FEW_TOKENS["training"]
+    return 1 < tokens < FEW_TOKENS["forward"]
 
 
 def grouped_mm_fits(experts: Any, dtype: torch.dtype) -> bool:

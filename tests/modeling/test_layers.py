@@ -62,11 +62,11 @@ def outputs_and_gradients(function, experts, x, index, weights):
     return [y.detach(), x.grad, weights.grad, *(p.grad.clone() for p in experts.parameters())]
 
 
-@pytest.fixture(params=["few rows too", "many rows only"])
+@pytest.fixture(params=["few tokens too", "many tokens only"])
 def sorting(request, monkeypatch):
-    """What `sorted_mm` sorts: few rows an expert too, which it leaves to `grouped_mm`, or as it does."""
-    if request.param == "few rows too":
-        monkeypatch.setattr(moe_sorted_mm, "FEW_ROWS", {"forward": 0, "training": 0})
+    """What `sorted_mm` sorts: few tokens too, which it leaves to `grouped_mm`, or as it does."""
+    if request.param == "few tokens too":
+        monkeypatch.setattr(moe_sorted_mm, "FEW_TOKENS", {"forward": 0, "training": 0})
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm", "sorted_mm"])
