@@ -17,8 +17,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 SORTED_MM = "sorted_mm"
 
 # Tokens below which `grouped_mm` is faster: weights are then read, and gradients written, for little to compute
-# (`benchmarks/experts_speed.py`). But one token alone is not sorted. (How many experts there are does not count, so that
-# disabled ones leave the others' outputs as they are, bit for bit.)
+# (`benchmarks/experts_speed.py`). But one token alone is not sorted. (How many experts there are does not count, so
+# that disabled ones leave the others' outputs as they are, bit for bit.)
 FEW_TOKENS = {"forward": 64, "training": 256}
 
 
@@ -60,8 +60,8 @@ def can_sort(experts: Any, hidden_states: torch.Tensor) -> bool:
 
 
 def are_few(tokens: int) -> bool:
-    """Whether sorting so many does not pay. (Autocast is of another dtype than the weights, which `grouped_mm` does not
-    cast.)"""
+    """Whether sorting so many does not pay. (Autocast is of another dtype than the weights, which `grouped_mm` does
+    not cast.)"""
     if torch.is_autocast_enabled("cpu"):
         return False
     if torch.is_grad_enabled():
