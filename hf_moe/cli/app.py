@@ -5,11 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_moe import convert
 from hf_moe.cli import show
 from hf_moe.cli.cross_validate import cv
 from hf_moe.cli.evaluate import evaluate
-from hf_moe.cli.expand import expand_experts
 from hf_moe.cli.experts import experts
 from hf_moe.cli.options import (
     DryRun,
@@ -24,10 +22,10 @@ from hf_moe.cli.options import (
     RecipeShardSize,
     Revision,
     Seed,
-    ShardSize,
     TopK,
 )
 from hf_moe.cli.publish import card, publish
+from hf_moe.cli.reduce import downcycle, expand_experts, merge_experts, prune
 from hf_moe.cli.spread import SpreadCommand, named_files
 from hf_moe.cli.train import recipes, train
 from hf_moe.convert import certify, conversion, fusion, open_checkpoint, plan_upcycle, write_certificate
@@ -285,106 +283,9 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: hf-moe downcycle ./bert-moe ./bert-again --text text.txt")
-def downcycle(
-    moe: Moe,
-    output: Output,
-    by: Annotated[
-        str, typer.Option(help="Experts that differ: 'average', 'usage' (weighted), 'best' (one of them), or 'auto'.")
-    ] = "auto",
-    text: Annotated[
-        Path | None, typer.Option(help="File whose lines it runs on, before and after (needs the model's memory).")
-    ] = None,
-    verify: Annotated[bool, typer.Option(help="Hold an exact result against the mixture.")] = True,
-    revision: Revision = None,
-    max_shard_size: ShardSize = "5GB",
-    manifest: Manifest = True,
-    overwrite: Overwrite = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Turn a mixture back into a dense model: exactly while its experts are copies, else by averaging them."""
-    with show.Bars(enabled=not (json or quiet)) as progress:
-        made = convert.downcycle(
-            moe,
-            output,
-            by=by,
-            text=text,
-            verify=verify,
-            revision=revision,
-            max_shard_size=max_shard_size,
-            manifest=manifest,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    if not quiet:
-        show.reduced(made, json)
-
-
-@app.command(epilog="Example: hf-moe prune ./moe ./smaller --num-experts 4 --by activation --text text.txt")
-def prune(
-    moe: Moe,
-    output: Output,
-    num_experts: Annotated[int, typer.Option(help="Experts that are left in each layer.")],
-    text: Annotated[Path, typer.Option(help="File whose lines it runs on, before and after (needs its memory).")],
-    by: Annotated[
-        str, typer.Option(help="Keep those with the most tokens ('usage'), or the largest output ('activation').")
-    ] = "usage",
-    revision: Revision = None,
-    max_shard_size: ShardSize = "5GB",
-    manifest: Manifest = True,
-    overwrite: Overwrite = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Keep of each layer the experts that matter most on a text."""
-    with show.Bars(enabled=not (json or quiet)) as progress:
-        made = convert.prune(
-            moe,
-            output,
-            num_experts=num_experts,
-            by=by,
-            text=text,
-            revision=revision,
-            max_shard_size=max_shard_size,
-            manifest=manifest,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    if not quiet:
-        show.reduced(made, json)
-
-
-@app.command(epilog="Example: hf-moe merge-experts ./moe ./smaller --num-experts 4 --text text.txt")
-def merge_experts(
-    moe: Moe,
-    output: Output,
-    num_experts: Annotated[int, typer.Option(help="Experts that are left in each layer.")],
-    text: Annotated[
-        Path | None, typer.Option(help="File whose lines it runs on, before and after (needs the model's memory).")
-    ] = None,
-    revision: Revision = None,
-    max_shard_size: ShardSize = "5GB",
-    manifest: Manifest = True,
-    overwrite: Overwrite = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Average the experts of each layer that are most alike, their neurons aligned."""
-    with show.Bars(enabled=not (json or quiet)) as progress:
-        made = convert.merge_experts(
-            moe,
-            output,
-            num_experts=num_experts,
-            text=text,
-            revision=revision,
-            max_shard_size=max_shard_size,
-            manifest=manifest,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    if not quiet:
-        show.reduced(made, json)
+app.command(epilog="Example: hf-moe downcycle ./bert-moe ./bert-again --text text.txt")(downcycle)
+app.command(epilog="Example: hf-moe prune ./moe ./smaller --num-experts 4 --by activation --text text.txt")(prune)
+app.command(epilog="Example: hf-moe merge-experts ./moe ./smaller --num-experts 4 --text text.txt")(merge_experts)
 
 
 @app.command(

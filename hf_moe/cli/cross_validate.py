@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from hf_moe.cli import show
+from hf_moe.cli.options import Json, Overwrite, Quiet
 from hf_moe.cli.train import find_recipe, is_main, overrides, tell
 
 
@@ -16,9 +17,9 @@ def cv(
         str | None, typer.Option(help="Column: rows with the same value stay together. Rows of one text always do.")
     ] = None,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep each fold's model.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Cross-validate a training recipe: every row is predicted by a model that has not seen it, nor its group."""
     from hf_moe.training import TrainRecipe, run

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_moe.cli import show
+from hf_moe.cli.options import Json, Overwrite, Quiet, Revision
 from hf_moe.cli.train import tell
 from hf_moe.errors import UsageError
 
@@ -80,7 +81,7 @@ def evaluate(
     dtype: Annotated[str | None, typer.Option(help="Of the weights in memory. [default: as stored]")] = None,
     resamples: Annotated[int, typer.Option(help="Of the paired bootstrap.")] = 2_000,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the bootstrap, and of masked tokens.")] = 0,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub checkpoint.")] = None,
+    revision: Revision = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint.")
     ] = False,
@@ -89,9 +90,9 @@ def evaluate(
     ] = None,
     lm_eval_include_path: Annotated[Path | None, typer.Option(help="Folder of lm-eval tasks of your own.")] = None,
     lm_eval_limit: Annotated[int | None, typer.Option(help="Examples of each lm-eval task.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure models at a task, and whether they differ by more than chance."""
     from accelerate import PartialState

@@ -7,6 +7,7 @@ import typer
 from hf_moe import convert
 from hf_moe.cli import show
 from hf_moe.cli.options import Json, Manifest, Moe, Output, Overwrite, Quiet, Revision, ShardSize
+from hf_moe.cli.reduce import carry_out
 from hf_moe.hub import export as exporting
 from hf_moe.hub.assemble import compose as compose_experts
 from hf_moe.hub.encodings import How
@@ -101,20 +102,19 @@ def apply(
     quiet: Quiet = False,
 ) -> None:
     """Write the base with experts in their places: an ordinary checkpoint."""
-    with show.Bars(enabled=not (json or quiet)) as progress:
-        made = compose_experts(
-            base,
-            output,
-            [parse_spec(artefact) for artefact in artefacts],
-            verb="apply",
-            revision=revision,
-            max_shard_size=max_shard_size,
-            manifest=manifest,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    if not quiet:
-        show.reduced(made, json)
+    carry_out(
+        compose_experts,
+        base,
+        output,
+        [parse_spec(artefact) for artefact in artefacts],
+        verb="apply",
+        revision=revision,
+        max_shard_size=max_shard_size,
+        manifest=manifest,
+        overwrite=overwrite,
+        json=json,
+        quiet=quiet,
+    )
 
 
 @experts.command(epilog="Example: hf-moe experts compose ./moe ./both ./law#0.1 ./pets#0.1=0.2")
@@ -134,20 +134,19 @@ def compose(
     quiet: Quiet = False,
 ) -> None:
     """Build a mixture from experts of several artefacts over the base that all of them were made for."""
-    with show.Bars(enabled=not (json or quiet)) as progress:
-        made = compose_experts(
-            base,
-            output,
-            [parse_spec(spec) for spec in specs],
-            router=router,
-            revision=revision,
-            max_shard_size=max_shard_size,
-            manifest=manifest,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    if not quiet:
-        show.reduced(made, json)
+    carry_out(
+        compose_experts,
+        base,
+        output,
+        [parse_spec(spec) for spec in specs],
+        router=router,
+        revision=revision,
+        max_shard_size=max_shard_size,
+        manifest=manifest,
+        overwrite=overwrite,
+        json=json,
+        quiet=quiet,
+    )
 
 
 @experts.command(epilog="Example: hf-moe experts disable ./moe 0.1 2.3 ./moe-without")
@@ -163,19 +162,18 @@ def disable(
     quiet: Quiet = False,
 ) -> None:
     """Send no token to some experts any more, exactly as if they were not there."""
-    with show.Bars(enabled=not (json or quiet)) as progress:
-        made = convert.disable(
-            moe,
-            output,
-            experts=parse_indices(experts),
-            revision=revision,
-            max_shard_size=max_shard_size,
-            manifest=manifest,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    if not quiet:
-        show.reduced(made, json)
+    carry_out(
+        convert.disable,
+        moe,
+        output,
+        experts=parse_indices(experts),
+        revision=revision,
+        max_shard_size=max_shard_size,
+        manifest=manifest,
+        overwrite=overwrite,
+        json=json,
+        quiet=quiet,
+    )
 
 
 def _summary(described: dict) -> dict:

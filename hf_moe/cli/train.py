@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from hf_moe import recipes as packaged
 from hf_moe.cli import show
+from hf_moe.cli.options import Json, Overwrite, Quiet
 from hf_moe.errors import UsageError
 from hf_moe.tasks.extras import need
 
@@ -21,12 +22,12 @@ NUMBER = re.compile(r"[-+]?(\d|\.\d)")
 def train(
     ctx: typer.Context,
     recipe: Annotated[str, typer.Argument(help="Recipe (FILE.yaml), or the name of a packaged one (hf-moe recipes).")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    overwrite: Overwrite = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe, the data and what trains; write nothing.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train a model by a recipe. Every key of it can be given as --key VALUE, in YAML, which wins."""
     from hf_moe.training import TrainRecipe, run  # heavy, and not every command's
@@ -43,7 +44,7 @@ def train(
         show.trained(made.report, made.path, json)
 
 
-def recipes(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def recipes(json: Json = False) -> None:
     """List the packaged recipes, which `hf-moe train NAME` runs."""
     show.fields({file.stem: headline(file) for file in packaged.files()}, json)
 

@@ -14,25 +14,8 @@ from hf_moe.tasks import DataSettings
 from hf_moe.training import TrainRecipe, train
 from hf_moe.training.cross_validation import cross_validate
 from hf_moe.training.folds import groups_of, split_rows
+from tests.conftest import WORDS
 from tests.training.runs import keys_for, write_recipe
-
-WORDS = [
-    "the",
-    "a",
-    "dog",
-    "cat",
-    "sat",
-    "on",
-    "mat",
-    "war",
-    "peace",
-    "nation",
-    "free",
-    "people",
-    "law",
-    "god",
-    "earth",
-]
 
 
 def rows(count=24):
