@@ -7,11 +7,11 @@
 Each experiment is a recipe in `recipes/claims`, each arm what `arms.yaml` there adds to it. A seed is of the batches'
 order, of dropout, and of whatever is drawn when the model starts; every arm begins with the same dense weights, task
 head included. What was measured is kept in `claims/EXPERIMENT.json` after each run, with its curve, so that a long
-experiment may be done in parts: a run that is there is not done again. Such runs share the machine with whatever else
-goes on; what steps cost in time is measured by `--time` on a quiet one: a few of every arm in turn, three rounds.
+experiment may be done in parts: a run that is there is not done again, and experiments may run side by side. What
+steps cost in time is measured by `--time` on a quiet machine: a few of every arm in turn, three rounds.
 
-`domains` goes on with a GPT-2 of 4 layers and 256 wide, which `english-gpt2.yaml` trains first (in minutes). The
-others train MiniLM-L6. Text and models lie in `build/corpora`.
+`domains` goes on with a GPT-2 of 4 layers and 256 wide, which `english-gpt2.yaml` trains first (a quarter of an hour).
+The others train MiniLM-L6. Text and models lie in `build/corpora`.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import yaml
 from corpora import FOLDER, fetch
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import ttest_1samp
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, set_seed
 from transformers.utils import logging
@@ -38,13 +39,17 @@ from hf_moe.training import TrainRecipe, train
 RECIPES = Path(str(files("hf_moe.recipes"))) / "claims"
 RESULTS = Path(__file__).with_name("claims")
 ARMS: dict[str, dict[str, Any]] = yaml.safe_load((RECIPES / "arms.yaml").read_text())
-# experiment -> the corpora it reads, and its figure: what it is called, and whether more is better
-EXPERIMENTS: dict[str, tuple[list[str], str, bool]] = {
-    "domains": (["reviews", "history", "literature", "law", "code"], "eval_loss", False),
-    "ner": (["ner"], "test_f1", True),
-    "rotten-tomatoes": (["rotten-tomatoes"], "test_accuracy", True),
-    "reuters": (["reuters"], "test_f1_macro", True),
+# experiment -> the corpora it reads, and its figures: metric -> what the table calls it
+EXPERIMENTS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "domains": (
+        ["reviews", "history", "literature", "law", "code"],
+        {"eval_loss": "loss, new domains", "test_loss": "loss, old domain"},
+    ),
+    "ner": (["ner"], {"test_f1": "entity F1", "test_loss": "loss"}),
+    "rotten-tomatoes": (["rotten-tomatoes"], {"test_accuracy": "accuracy", "test_loss": "loss"}),
+    "reuters": (["reuters"], {"test_accuracy": "accuracy", "test_loss": "loss"}),
 }
+SIGNIFICANT = 0.05  # of Student's t-test on the differences seed by seed
 VOCABULARY = 4096
 
 
@@ -78,23 +83,30 @@ def minilm(recipe: TrainRecipe, seed: int) -> str:
     tokenizer = load_tokenizer(str(path), task=recipe.data.task)
     data = prepare_data(recipe.data, tokenizer, load_config(str(path)), splits=("train",))
     set_seed(seed)
-    made = f"minilm-{recipe.data.task}-{len(data.labels or [])}-{seed}"
+    made = f"all-MiniLM-L6-v2-{recipe.data.task}-{len(data.labels or [])}-{seed}"
     load_model(recipe.data.task, str(path), labels=data.labels, problem_type=data.problem_type).save_pretrained(made)
     tokenizer.save_pretrained(made)
     return made
 
 
-def trained(experiment: str, arm: str, seed: int, **keys: Any) -> dict[str, Any]:
-    """The report of one training run."""
+def recipe_of(experiment: str, arm: str, seed: int, **keys: Any) -> TrainRecipe:
+    """What one run follows; its start is made if it is not there."""
     values = yaml.safe_load((RECIPES / f"{experiment}.yaml").read_text())
     start = english_gpt2() if experiment == "domains" else minilm(TrainRecipe.from_dict(values), seed)
     added = dict(ARMS[arm])
+    longer = added.pop("times_the_steps", 1)
+    for length in {"max_steps", "num_train_epochs"} & set(values):
+        added[length] = type(values[length])(longer * values[length])
     if "upcycle" in added:
         added["upcycle"] = added["upcycle"] | {"seed": seed}
-    output = Path("trained")
+    return TrainRecipe.from_dict(values | added | {"model_name_or_path": start, "seed": seed} | keys)
+
+
+def trained(experiment: str, arm: str, seed: int, **keys: Any) -> dict[str, Any]:
+    """The report of one training run, whose model is thrown away."""
+    output = Path(f"trained-{experiment}")
     shutil.rmtree(output, ignore_errors=True)
-    recipe = TrainRecipe.from_dict(values | added | {"model_name_or_path": start, "seed": seed} | keys)
-    report = train(recipe, quiet=True).report
+    report = train(recipe_of(experiment, arm, seed, output_dir=str(output), **keys), quiet=True).report
     shutil.rmtree(output)
     return report
 
@@ -106,6 +118,7 @@ def run(experiment: str, arm: str, seed: int) -> dict[str, Any]:
     return {
         "metrics": report["metrics"],
         "start": {name: value for name, value in curve[0].items() if name.startswith("eval_")},
+        "certificate": report["start"],
         "curve": [{"step": row["step"], "eval_loss": row["eval_loss"]} for row in curve],
         "tokens": report["tokens"],
         "active_flops": report["active_flops"],
@@ -150,28 +163,36 @@ def keep(name: str, found: dict[str, Any]) -> None:
 
 
 def table(experiment: str) -> Table:
-    """Mean ± standard deviation over seeds; differences from the dense model seed by seed. FLOPs and time are those of
-    the dense model's training times; `start` is by how much the first evaluation's loss differs, at most."""
-    _, figure, _ = EXPERIMENTS[experiment]
+    """Mean ± standard deviation over seeds, and what is left of it without the dense model's, seed by seed. FLOPs and
+    time are those of the dense model's training times; `exact` is the certificate's largest relative difference in
+    float64; `start` by how much the loss before training differs, at most, in the arithmetic that trains."""
+    _, figures = EXPERIMENTS[experiment]
     found = results(experiment)
     speed = results("speed").get(experiment, {})
-    made = Table("arm", "seeds", "FLOPs", "time", "start", figure, "less dense", title=experiment)
+    columns = [column for title in figures.values() for column in (title, "less dense's")]
+    made = Table("arm", "seeds", "FLOPs", "time", "exact", "start", *columns, title=experiment)
     for arm in [arm for arm in ARMS if arm in found]:
         dense = {seed: found["dense"][seed] for seed in found[arm] if seed in found.get("dense", {})}
         rows = {seed: found[arm][seed] for seed in dense}
         if not rows:
             continue
+        cost = statistics.mean(row["active_flops"] / dense[seed]["active_flops"] for seed, row in rows.items())
+        steps = statistics.mean(row["tokens"] / dense[seed]["tokens"] for seed, row in rows.items())
         start = max(abs(row["start"]["eval_loss"] - dense[seed]["start"]["eval_loss"]) for seed, row in rows.items())
-        cost = [row["active_flops"] / dense[seed]["active_flops"] for seed, row in rows.items()]
-        differences = [row["metrics"][figure] - dense[seed]["metrics"][figure] for seed, row in rows.items()]
+        exact = [row["certificate"]["max_rel"]["float64"] for row in rows.values() if row["certificate"]]
+        cells = []
+        for figure in figures:
+            values = [row["metrics"][figure] for row in rows.values()]
+            differences = [row["metrics"][figure] - dense[seed]["metrics"][figure] for seed, row in rows.items()]
+            cells += [spread(values), spread(differences) + verdict(differences) if arm != "dense" else ""]
         made.add_row(
             arm,
             str(len(rows)),
-            f"{statistics.mean(cost):.2f}",
-            f"{speed['dense'] / speed[arm]:.2f}" if arm in speed else "",
-            f"{start:.1e}",
-            spread([row["metrics"][figure] for row in rows.values()]),
-            spread(differences) if arm != "dense" else "",
+            f"{cost:.2f}",
+            f"{steps * speed['dense'] / speed[arm]:.2f}" if arm in speed else "",
+            f"{max(exact):.0e}" if exact else "",
+            f"{start:.0e}",
+            *cells,
         )
     return made
 
@@ -179,6 +200,13 @@ def table(experiment: str) -> Table:
 def spread(values: list[float]) -> str:
     deviation = f" ± {statistics.stdev(values):.4f}" if values[1:] else ""
     return f"{statistics.mean(values):.4f}{deviation}"
+
+
+def verdict(differences: list[float]) -> str:
+    """A star where chance alone would rarely give so large a difference; none is a tie."""
+    if len(differences) < 2 or not any(differences):
+        return ""
+    return " *" if ttest_1samp(differences, 0).pvalue < SIGNIFICANT else ""
 
 
 def main() -> None:
@@ -202,7 +230,7 @@ def main() -> None:
             else:
                 run_all(experiment, arguments.arms, arguments.seeds, until)
     for experiment in wanted:
-        Console(width=130).print(table(experiment))
+        Console(width=160).print(table(experiment))
 
 
 if __name__ == "__main__":

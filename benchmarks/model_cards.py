@@ -1,0 +1,78 @@
+"""The cards in `model_cards/`: what recipes made, measured against their dense controls.
+
+    python benchmarks/model_cards.py [EXPERIMENT …]
+
+For each experiment of `claims.py`: the dense model and the default mixture are trained on the same batches (seed 0),
+both are evaluated on rows they were not trained on, the mixture's routing is observed on the text of these, and the
+card is drawn from the files that this leaves. Minutes each; models lie in `build/corpora/cards`, and one that is there
+is not trained again.
+"""
+
+import argparse
+import contextlib
+import json
+from pathlib import Path
+
+from claims import EXPERIMENTS, recipe_of
+from corpora import FOLDER, fetch
+from transformers.utils import logging
+
+from hf_moe.convert.observe import observe
+from hf_moe.evaluation import evaluate
+from hf_moe.hub import make_card
+from hf_moe.training import train
+
+CARDS = Path(__file__).parents[1].resolve() / "model_cards"
+PASSAGES = 200  # that routing is observed on
+# experiment -> the model's name, and the rows it is measured on (the test rows of `domains` are of the old domain)
+MODELS = {
+    "domains": ("english-gpt2-moe-domains", "validation"),
+    "ner": ("all-MiniLM-L6-v2-moe-tweet-entities", "test"),
+    "rotten-tomatoes": ("all-MiniLM-L6-v2-moe-rotten-tomatoes", "test"),
+    "reuters": ("all-MiniLM-L6-v2-moe-reuters-r8", "test"),
+}
+
+
+def make(experiment: str) -> str:
+    """The card of an experiment's mixture."""
+    name, split = MODELS[experiment]
+    models = {"dense": Path("cards") / f"{name}-dense-control", "default": Path("cards") / name}
+    recipes = {arm: recipe_of(experiment, arm, 0, output_dir=str(folder)) for arm, folder in models.items()}
+    for arm, folder in models.items():
+        if not folder.is_dir():
+            train(recipes[arm], quiet=True)
+    reports = [Path("cards") / f"{name}-{what}" for what in ("evaluation", "routing")]
+    data = recipes["dense"].data
+    evaluate(list(models.values()), data, split=split, output=reports[0], batch_size=32, overwrite=True)
+    files = [Path(file) for file in data.files(split)]
+    text = Path("cards") / f"{experiment}.txt"
+    text.write_text("".join(f"{line}\n" for file in files for line in passages(file)[: PASSAGES // len(files)]))
+    observe(models["default"], reports[1], data=[text], overwrite=True)
+    return make_card(models["default"], f"hf-moe/{name}", base_model=["none"], reports=reports)
+
+
+def passages(file: Path) -> list[str]:
+    """The text of each row."""
+    rows = file.read_text(encoding="utf-8")
+    if file.suffix == ".jsonl":
+        return [json.loads(row)["text"] for row in rows.splitlines()]
+    if file.suffix == ".conll":
+        return [" ".join(line.split()[0] for line in block.splitlines()) for block in rows.strip().split("\n\n")]
+    return rows.splitlines()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiments", nargs="*", choices=[*MODELS, []])
+    logging.set_verbosity_error()
+    for experiment in parser.parse_args().experiments or list(MODELS):
+        for corpus in EXPERIMENTS[experiment][0]:
+            fetch(corpus)
+        with contextlib.chdir(FOLDER):
+            card = make(experiment)
+        (CARDS / f"{MODELS[experiment][0]}.md").write_text(card, encoding="utf-8")
+        print(f"model_cards/{MODELS[experiment][0]}.md")
+
+
+if __name__ == "__main__":
+    main()
