@@ -2,7 +2,7 @@
 
     python benchmarks/claims.py domains|ner|rotten-tomatoes|reuters [--arms …] [--seeds 3] [--minutes 60]
     python benchmarks/claims.py domains --time
-    python benchmarks/claims.py --show
+    python benchmarks/claims.py --show --markdown --plot docs/claims.png
 
 Each experiment is a recipe in `recipes/claims`, each arm what `arms.yaml` there adds to it. A seed is of the batches'
 order, of dropout, and of whatever is drawn when the model starts; every arm begins with the same dense weights, task
@@ -17,6 +17,7 @@ The others train MiniLM-L6. Text and models lie in `build/corpora`.
 import argparse
 import contextlib
 import json
+import re
 import shutil
 import statistics
 import time
@@ -24,6 +25,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import yaml
 from corpora import FOLDER, fetch
 from rich.console import Console
@@ -33,6 +35,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, set_seed
 from transformers.utils import logging
 
+from hf_moe import upcycle
 from hf_moe.tasks import load_config, load_model, load_tokenizer, prepare_data
 from hf_moe.training import TrainRecipe, train
 
@@ -94,9 +97,11 @@ def recipe_of(experiment: str, arm: str, seed: int, **keys: Any) -> TrainRecipe:
     values = yaml.safe_load((RECIPES / f"{experiment}.yaml").read_text())
     start = english_gpt2() if experiment == "domains" else minilm(TrainRecipe.from_dict(values), seed)
     added = dict(ARMS[arm])
-    longer = added.pop("times_the_steps", 1)
-    for length in {"max_steps", "num_train_epochs"} & set(values):
-        added[length] = type(values[length])(longer * values[length])
+    times = added.pop("times_the_steps", {}).get(experiment, 1)
+    if "max_steps" in values:
+        added["max_steps"] = round(times * values["max_steps"])
+    else:
+        added["num_train_epochs"] = times * values["num_train_epochs"]
     if "upcycle" in added:
         added["upcycle"] = added["upcycle"] | {"seed": seed}
     return TrainRecipe.from_dict(values | added | {"model_name_or_path": start, "seed": seed} | keys)
@@ -120,6 +125,11 @@ def run(experiment: str, arm: str, seed: int) -> dict[str, Any]:
         "start": {name: value for name, value in curve[0].items() if name.startswith("eval_")},
         "certificate": report["start"],
         "curve": [{"step": row["step"], "eval_loss": row["eval_loss"]} for row in curve],
+        "training_curve": [
+            {"step": row["step"], "loss": row.get("task_loss", row["loss"])}
+            for row in report["history"]
+            if "loss" in row
+        ],
         "tokens": report["tokens"],
         "active_flops": report["active_flops"],
         "active_parameters": report["active_parameters"],
@@ -140,11 +150,20 @@ def run_all(experiment: str, arms: list[str], seeds: int, until: float) -> None:
 
 def time_steps(experiment: str, arms: list[str], steps: int = 12, rounds: int = 3) -> dict[str, float]:
     """Arm -> tokens trained on a second, the median of `rounds`, every arm once in each."""
+    few = {"max_steps": steps, "logging_steps": steps // 3, "max_train_samples": 600, "upcycle": None}
+    few |= {"eval_strategy": "no", "eval_on_start": False, "validation_file": None, "test_file": None}
+    starts: dict[str, str] = {}
+    for arm in arms:
+        recipe = recipe_of(experiment, arm, 0)
+        starts[arm] = recipe.model.model_name_or_path
+        if recipe.model.upcycle is not None:
+            made = Path("timed") / f"{experiment}-{list(ARMS).index(arm)}"
+            shutil.rmtree(made, ignore_errors=True)
+            starts[arm] = str(upcycle(starts[arm], made, verify=False, **recipe.model.upcycle).path)
     speeds: dict[str, list[float]] = {arm: [] for arm in arms}
     for _ in range(rounds):
-        for arm in arms:
-            no_evaluation = {"eval_strategy": "no", "eval_on_start": False, "validation_file": None, "test_file": None}
-            report = trained(experiment, arm, 0, max_steps=steps, logging_steps=steps // 3, **no_evaluation)
+        for arm, start in starts.items():
+            report = trained(experiment, arm, 0, model_name_or_path=start, **few)
             logged = [row["tokens_per_second"] for row in report["history"] if "tokens_per_second" in row]
             speeds[arm].append(statistics.median(logged[1:]))  # the first steps warm up
     return {arm: statistics.median(values) for arm, values in speeds.items()}
@@ -162,39 +181,76 @@ def keep(name: str, found: dict[str, Any]) -> None:
     temporary.replace(RESULTS / f"{name}.json")
 
 
-def table(experiment: str) -> Table:
+def columns(experiment: str) -> list[str]:
+    figures = [column for title in EXPERIMENTS[experiment][1].values() for column in (title, "less dense's")]
+    return ["arm", "seeds", "FLOPs", "time", "exact", "start", *figures]
+
+
+def rows(experiment: str) -> list[list[str]]:
     """Mean ± standard deviation over seeds, and what is left of it without the dense model's, seed by seed. FLOPs and
     time are those of the dense model's training times; `exact` is the certificate's largest relative difference in
     float64; `start` by how much the loss before training differs, at most, in the arithmetic that trains."""
-    _, figures = EXPERIMENTS[experiment]
-    found = results(experiment)
-    speed = results("speed").get(experiment, {})
-    columns = [column for title in figures.values() for column in (title, "less dense's")]
-    made = Table("arm", "seeds", "FLOPs", "time", "exact", "start", *columns, title=experiment)
+    found, speed = results(experiment), results("speed").get(experiment, {})
+    made = []
     for arm in [arm for arm in ARMS if arm in found]:
-        dense = {seed: found["dense"][seed] for seed in found[arm] if seed in found.get("dense", {})}
-        rows = {seed: found[arm][seed] for seed in dense}
-        if not rows:
+        pairs = [(row, found["dense"][seed]) for seed, row in found[arm].items() if seed in found.get("dense", {})]
+        if not pairs:
             continue
-        cost = statistics.mean(row["active_flops"] / dense[seed]["active_flops"] for seed, row in rows.items())
-        steps = statistics.mean(row["tokens"] / dense[seed]["tokens"] for seed, row in rows.items())
-        start = max(abs(row["start"]["eval_loss"] - dense[seed]["start"]["eval_loss"]) for seed, row in rows.items())
-        exact = [row["certificate"]["max_rel"]["float64"] for row in rows.values() if row["certificate"]]
-        cells = []
-        for figure in figures:
-            values = [row["metrics"][figure] for row in rows.values()]
-            differences = [row["metrics"][figure] - dense[seed]["metrics"][figure] for seed, row in rows.items()]
-            cells += [spread(values), spread(differences) + verdict(differences) if arm != "dense" else ""]
-        made.add_row(
-            arm,
-            str(len(rows)),
-            f"{cost:.2f}",
-            f"{steps * speed['dense'] / speed[arm]:.2f}" if arm in speed else "",
-            f"{max(exact):.0e}" if exact else "",
-            f"{start:.0e}",
-            *cells,
+        flops, tokens = (
+            statistics.mean(row[name] / dense[name] for row, dense in pairs) for name in ("active_flops", "tokens")
         )
+        exact = [row["certificate"]["max_rel"]["float64"] for row, _ in pairs if row["certificate"]]
+        start = max(abs(row["start"]["eval_loss"] - dense["start"]["eval_loss"]) for row, dense in pairs)
+        cells = [arm, str(len(pairs)), f"{flops:.2f}"]
+        cells.append(f"{tokens * speed['dense'] / speed[arm]:.2f}" if arm in speed else "")
+        cells += [f"{max(exact):.0e}" if exact else "", f"{start:.0e}" if start else "0"]
+        for figure in EXPERIMENTS[experiment][1]:
+            less = differences(found, arm, figure)
+            cells.append(spread([row["metrics"][figure] for row, _ in pairs]))
+            cells.append(spread(less) + verdict(less) if arm != "dense" else "")
+        made.append(cells)
     return made
+
+
+def differences(found: dict[str, dict[str, Any]], arm: str, figure: str) -> list[float]:
+    """An arm's figure less the dense model's, seed by seed."""
+    dense = found["dense"]
+    return [
+        row["metrics"][figure] - dense[seed]["metrics"][figure] for seed, row in found[arm].items() if seed in dense
+    ]
+
+
+def table(experiment: str) -> Table:
+    made = Table(*columns(experiment), title=experiment)
+    for cells in rows(experiment):
+        made.add_row(*cells)
+    return made
+
+
+def markdown(experiment: str) -> list[str]:
+    """The lines of the table in the documents."""
+    lines = [columns(experiment), ["---"] * len(columns(experiment)), *rows(experiment)]
+    return [re.sub(" +", " ", f"| {' | '.join(cells)} |") for cells in lines]
+
+
+def plot(file: Path) -> None:
+    """What each arm's first figure is less the dense model's: a dot a seed, and their mean."""
+    there = [experiment for experiment in EXPERIMENTS if results(experiment)]
+    figure, panels = plt.subplots(1, len(there), figsize=(3.2 * len(there), 3.8), sharey=True, layout="constrained")
+    for panel, experiment in zip(panels, there, strict=True):
+        [name, *_], found = EXPERIMENTS[experiment][1], results(experiment)
+        for place, arm in enumerate(arm for arm in ARMS if arm != "dense"):
+            less = differences(found, arm, name) if arm in found else []
+            panel.plot(less, [place] * len(less), "o", color="tab:blue", alpha=0.5, markersize=4)
+            if less:
+                panel.plot(statistics.mean(less), place, "|", color="black", markersize=14)
+        panel.axvline(0, color="gray", linewidth=0.8)
+        panel.set_title(experiment, fontsize=10)
+        panel.set_xlabel(f"{EXPERIMENTS[experiment][1][name]}, less dense's", fontsize=8)
+        panel.tick_params(labelsize=8)
+    panels[0].set_yticks(range(len(ARMS) - 1), [arm for arm in ARMS if arm != "dense"])
+    panels[0].invert_yaxis()
+    figure.savefig(file, dpi=110)
 
 
 def spread(values: list[float]) -> str:
@@ -217,6 +273,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
     parser.add_argument("--time", action="store_true", help="measure what steps cost, and nothing else")
     parser.add_argument("--show", action="store_true", help="run nothing")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as docs/claims.md has them")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what the runs gained")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     until = time.monotonic() + 60 * arguments.minutes
@@ -230,7 +288,12 @@ def main() -> None:
             else:
                 run_all(experiment, arguments.arms, arguments.seeds, until)
     for experiment in wanted:
-        Console(width=160).print(table(experiment))
+        if arguments.markdown:
+            print("", *markdown(experiment), sep="\n")
+        else:
+            Console(width=160).print(table(experiment))
+    if arguments.plot:
+        plot(arguments.plot)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/corpora.py [FOLDER]
 
 English to pretrain on (`reviews`, 24 MB), four domains to go on with (`history`, `literature`, `law`, `code`, 0.8 MB
-each), all a passage a line, with 0.1 MB for validation and test; tweets with named entities (`ner`), and two text
+each), all a passage a line, with 0.05 MB for validation and test; tweets with named entities (`ner`), and two text
 classifications (`rotten-tomatoes`, `reuters`): train, validation and test of each, split by a fixed seed, whole
 documents at a time where there are documents (licences resemble each other across documents). What is there already
 is left alone.
@@ -105,7 +105,7 @@ def deal(items: list, seed: int = 0) -> dict[str, list]:
     return dealt
 
 
-def domain(documents: Callable[[], list[list[str]]], train: float = 0.8, rest: float = 0.1) -> dict[str, str]:
+def domain(documents: Callable[[], list[list[str]]], train: float = 0.8, rest: float = 0.05) -> dict[str, str]:
     """Whole documents into the splits, each cut at so many megabytes."""
     made = {}
     for split, dealt in deal(documents()).items():
