@@ -125,7 +125,7 @@ def dense_reader(plan: Plan) -> Reader:
 
 def _feed_forward_inputs(model: PreTrainedModel, plan: Plan, batch: Batch) -> dict[int, torch.Tensor]:
     with watch_networks(model, plan.family, plan.networks, "in") as seen:
-        run_once(body_of(plan.family, model), batch)
+        run_once(body_of(plan.family, model), batch)  # type: ignore[arg-type]
     kept = batch.inputs["attention_mask"].bool()
     return {layer: values[0].reshape(*kept.shape, -1)[kept] for layer, values in seen["in"].items()}
 
