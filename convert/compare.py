@@ -205,21 +205,24 @@ def run_model(model: PreTrainedModel, batch: Batch, hidden_states: bool = True) 
     Raises:
         SourceError: where the model does not run.
     """
-    together = _run(model, batch, hidden_states)
+    together = run_once(model, batch, hidden_states)
     if "input_ids" not in batch.inputs or batch.mask is None:
         return together
     if all(value.isfinite().all() for value in together.values()):
         return together
     # In float64 some attention makes NaN of padding that lies a whole window behind its text, and spreads it
     alone = [
-        _run(model, Batch(batch.name, {k: value[[row], :length] for k, value in batch.inputs.items()}), hidden_states)
+        run_once(
+            model, Batch(batch.name, {k: value[[row], :length] for k, value in batch.inputs.items()}), hidden_states
+        )
         for row, length in enumerate(batch.mask.sum(1).tolist())
     ]
     return {key: torch.cat([outputs[key] for outputs in alone]) for key in together}
 
 
 @torch.no_grad()
-def _run(model: PreTrainedModel, batch: Batch, hidden_states: bool) -> dict[str, torch.Tensor]:
+def run_once(model: PreTrainedModel, batch: Batch, hidden_states: bool = False) -> dict[str, torch.Tensor]:
+    """What `run_model` gives, of one pass. Raises SourceError where the model does not run."""
     inputs = {
         key: value.to(model.dtype) if value.is_floating_point() else value for key, value in batch.inputs.items()
     }

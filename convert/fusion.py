@@ -1,6 +1,5 @@
 """Several fine-tuned checkpoints of one architecture become one mixture: each gives an expert its networks."""
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from .certificate import certify, explain
 from .checkpoint import open_checkpoint
 from .conversion import Progress, write_beside, write_checkpoint
 from .describe import describe_plan
-from .fit import RANDOM_GATES, fit_routers
+from .fit import RANDOM_GATES, digest_of, fit_routers
 from .fusion_plan import plan_fuse, sources_of
 from .output import check_output
 from .plan import Plan
@@ -102,7 +101,7 @@ def run(
         overwrite=overwrite,
         progress=progress,
         manifest=manifest,
-        fitted=_digest(plan),
+        fitted=digest_of(plan.routers),
     )
     return Fused(output, plan, routing, certificate)
 
@@ -148,10 +147,3 @@ def _without_paths(recipe: FuseRecipe, plan: Plan) -> FuseRecipe:
         experts=[named(expert, donor) for expert, donor in zip(recipe.experts, plan.donors, strict=True)],
         shared_experts=shared,
     )
-
-
-def _digest(plan: Plan) -> str:
-    made = hashlib.sha256()
-    for layer, rows_ED in sorted(plan.routers.items()):
-        made.update(f"{layer}/".encode() + rows_ED.contiguous().numpy().tobytes())
-    return made.hexdigest()

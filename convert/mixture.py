@@ -96,6 +96,12 @@ class Mixture:
     shared_width: int = 0
     rank: int = 0
 
+    @property
+    def inputs(self) -> str:
+        """What its model reads: "input_ids", or the name of something else."""
+        family = _OURS.get(self.config.model_type)
+        return "input_ids" if family is None else family.inputs
+
     def prefix(self, layer: int) -> str:
         """The layer's name."""
         return self.body + self.layer.format(layer=layer)

@@ -127,10 +127,9 @@ def _open(checkpoint: Checkpoint) -> Mixture:
             "hf-moe upcycle makes it one."
         )
     mixture = open_mixture(checkpoint)
-    family = next((f for f in FAMILIES.values() if f.config_class is type(mixture.config)), None)
-    if family is not None and family.inputs != "input_ids":
+    if mixture.inputs != "input_ids":
         raise SourceError(
-            f"{checkpoint.path}: reads {family.inputs}, not text; hf_moe.routing.gather counts its routing in Python."
+            f"{checkpoint.path}: reads {mixture.inputs}, not text; hf_moe.routing.gather counts its routing in Python."
         )
     return mixture
 

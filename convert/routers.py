@@ -68,9 +68,14 @@ def spread(rows_ED: torch.Tensor, x_ND: torch.Tensor, logit_std: float) -> torch
     over tokens): a choice neither arbitrary nor all or nothing. What all rows share changes no gate and is taken
     away, since rounding would make it count."""
     rows_ED = rows_ED - rows_ED.mean(dim=0)
-    logits_NE = x_ND @ rows_ED.T
-    deviation = (logits_NE - logits_NE.mean(dim=1, keepdim=True)).square().mean().sqrt()
+    deviation = logit_deviation(rows_ED, x_ND)
     return rows_ED * (logit_std / deviation) if deviation > 0 else rows_ED
+
+
+def logit_deviation(rows_ED: torch.Tensor, x_ND: torch.Tensor) -> float:
+    """Standard deviation of a token's logits over the experts, root mean square over tokens."""
+    logits_NE = x_ND @ rows_ED.T
+    return (logits_NE - logits_NE.mean(dim=1, keepdim=True)).square().mean().sqrt().item()
 
 
 def class_means(x_ND: torch.Tensor, expert_N: torch.Tensor, num_experts: int) -> torch.Tensor:

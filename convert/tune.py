@@ -42,7 +42,7 @@ def train_routers(plan: Plan, recipe: FuseRecipe) -> tuple[dict[int, torch.Tenso
         raise SourceError(f"{path}: its tokenizer has no mask token, which train_router needs.")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     texts = [text for passages in read_passages(recipe) for text in passages.positive]
-    rows = [{"input_ids": row} for row in token_ids(plan, tokenizer, texts)]
+    rows = [{"input_ids": row} for row in token_ids(plan.source.checkpoint, plan.config, tokenizer, texts)]
 
     model = build_model(plan)
     routers = {layer: _router_of(model, plan, layer) for layer in plan.networks}

@@ -8,6 +8,7 @@ from hf_moe import convert
 from hf_moe.cli import show
 from hf_moe.cli.options import Json, Manifest, Moe, Output, Overwrite, Quiet, Revision, ShardSize
 from hf_moe.cli.reduce import carry_out
+from hf_moe.cli.spread import SpreadCommand, named_files
 from hf_moe.hub import export as exporting
 from hf_moe.hub.assemble import compose as compose_experts
 from hf_moe.hub.encodings import How
@@ -117,7 +118,11 @@ def apply(
     )
 
 
-@experts.command(epilog="Example: hf-moe experts compose ./moe ./both ./law#0.1 ./pets#0.1=0.2")
+@experts.command(
+    cls=SpreadCommand,
+    epilog="Example: hf-moe experts compose ./moe ./both ./law#0.1 ./pets#0.2 --router fitted --texts ./law=law.txt "
+    "./pets=pets.txt",
+)
 def compose(
     base: Base,
     output: Output,
@@ -125,7 +130,21 @@ def compose(
         list[str],
         typer.Argument(help="REPO[@rev] or folder, #LAYER.EXPERT, =LAYER.EXPERT for elsewhere.", metavar="SPEC…"),
     ],
-    router: Annotated[str, typer.Option(help="Rows of the routers come 'along', or stay the 'base'.")] = "along",
+    router: Annotated[
+        str, typer.Option(help="Rows of the routers come 'along', stay the 'base's, or are 'fitted' to texts.")
+    ] = "along",
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of fitted: SPEC=FILE, what a spec's experts are for, a passage a line; base=FILE for those that "
+            "stay. Several may follow.",
+            show_default=False,
+        ),
+    ] = None,
+    gate_mode: Annotated[
+        str | None,
+        typer.Option(help="Of fitted: 'hidden', 'cheap_embed', 'centroid', 'lda' or 'probe'. [default: hidden]"),
+    ] = None,
     revision: Revision = None,
     max_shard_size: ShardSize = "5GB",
     manifest: Manifest = True,
@@ -140,6 +159,8 @@ def compose(
         output,
         [parse_spec(spec) for spec in specs],
         router=router,
+        texts=named_files(texts or [], "--texts", str.rpartition),
+        gate_mode=gate_mode,
         revision=revision,
         max_shard_size=max_shard_size,
         manifest=manifest,

@@ -12,10 +12,10 @@ from hf_moe.cli.options import Json, Manifest, Moe, Output, Overwrite, Quiet, Re
 from hf_moe.convert import Reduced
 
 
-def carry_out(verb: Callable[..., Reduced], *places: Any, json: bool, quiet: bool, **options: Any) -> None:
+def carry_out(command: Callable[..., Reduced], /, *places: Any, json: bool, quiet: bool, **options: Any) -> None:
     """Runs what writes a checkpoint made of others, and says what it made."""
     with show.Bars(enabled=not (json or quiet)) as progress:
-        made = verb(*places, progress=progress, **options)
+        made = command(*places, progress=progress, **options)
     if not quiet:
         show.reduced(made, json)
 

@@ -71,7 +71,8 @@ def reduced(made: Reduced, as_json: bool) -> None:
         print(json.dumps(made.report | {"output": str(made.path), "certificate": made.certificate}, indent=2))
         return
     left_out = ("format", "source", "groups", "scales", "scores", "taken", "versions")
-    fields({name: value for name, value in made.report.items() if name not in left_out}, as_json=False)
+    told = {name: value for name, value in made.report.items() if name not in left_out}
+    fields(told | {"routing": list(_routing(told.get("routing", {})))}, as_json=False)
     if made.certificate is not None:
         verdict(made.certificate)
 
@@ -157,7 +158,7 @@ def _routing(routing: dict[str, Any]) -> Iterator[str]:
     for entry in routing.get("layers", []):
         if entry["held_out_texts"] is not None:
             texts, tokens, chance = (
-                f"{share:.0%}" for share in (entry["held_out_texts"], entry["held_out_tokens"], routing["chance"])
+                f"{share:.0%}" for share in (entry["held_out_texts"], entry["held_out_tokens"], entry["chance"])
             )
             yield (
                 f"layer {entry['layer']}: {texts} of held-out texts go to their expert, {tokens} of their tokens "

@@ -1,12 +1,12 @@
 """Options that take several values in a row: `--data one.txt two.txt` is `--data one.txt --data two.txt`."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from typer.core import TyperCommand
 
 from hf_moe.errors import UsageError
 
-SPREAD = ("--data", "--domains")
+SPREAD = ("--data", "--domains", "--texts")
 
 
 class SpreadCommand(TyperCommand):
@@ -31,18 +31,20 @@ def spread(args: Iterable[str]) -> list[str]:
     return made
 
 
-def named_files(pairs: Iterable[str]) -> dict[str, str]:
-    """NAME=FILE, each, as a mapping.
+def named_files(
+    pairs: Iterable[str], option: str = "--domains", split: Callable[[str, str], tuple[str, str, str]] = str.partition
+) -> dict[str, str]:
+    """NAME=FILE, each, as a mapping; with `split` str.rpartition, names may hold "=".
 
     Raises:
         UsageError: where one is not of this form, or a name stands twice.
     """
     made: dict[str, str] = {}
     for pair in pairs:
-        name, equals, file = pair.partition("=")
+        name, equals, file = split(pair, "=")
         if not (name.strip() and equals and file):
-            raise UsageError(f"--domains {pair}: should be NAME=FILE, such as law=law.txt.")
+            raise UsageError(f"{option} {pair}: should be NAME=FILE, such as law=law.txt.")
         if name in made:
-            raise UsageError(f"--domains {pair}: {name!r} stands twice; put its texts in one file.")
+            raise UsageError(f"{option} {pair}: {name!r} stands twice; put its texts in one file.")
         made[name] = file
     return made

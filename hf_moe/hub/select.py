@@ -30,11 +30,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Spec:
-    """Experts of an artefact: a folder or a repository, at a revision, all of them or `choices`."""
+    """Experts of an artefact: a folder or a repository, at a revision, all of them or `choices`; `text` as written."""
 
     source: str
     revision: str | None
     choices: tuple[Choice, ...]
+    text: str = ""
 
 
 def parse_choices(texts: Iterable[str]) -> tuple[Choice, ...]:
@@ -71,7 +72,7 @@ def parse_spec(text: str) -> Spec:
     revision = None
     if not is_folder(source) and "@" in source:
         source, _, revision = source.rpartition("@")
-    return Spec(source, revision or None, choices)
+    return Spec(source, revision or None, choices, text)
 
 
 def is_folder(text: str) -> bool:

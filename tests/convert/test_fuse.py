@@ -230,8 +230,8 @@ def test_texts_go_to_their_expert(family, gate, tuned, tmp_path):
     base, experts = tuned(family)
     recipe = {"base_model": str(base), "experts": experts, "gate_mode": gate, "num_experts_per_tok": 1}
     made = hf_moe.fuse(recipe, tmp_path / "moe", verify=False)
-    assert made.routing["chance"] == 0.5
     for entry in made.routing["layers"]:
+        assert entry["chance"] == 0.5
         assert entry["held_out_texts"] >= 0.8, entry
         assert entry["held_out_tokens"] > 0.6, entry
         assert (entry["condition"] is None) == (gate in ("hidden", "centroid"))
@@ -256,12 +256,12 @@ def test_routers_have_the_spread_asked_for(tuned, tmp_path):
         recipe = FuseRecipe.from_dict({"base_model": str(base), "experts": experts, "router_logit_std": std})
         plan = plan_fuse(recipe)
         rows, _ = fit.fit_routers(plan, recipe)
-        model = load_model(plan.dense_class, plan.source.checkpoint, "float32")
+        checkpoint = plan.source.checkpoint
         ids = [
-            fit.token_ids(plan, load_tokenizer(plan.source.checkpoint), entry.positive)
+            fit.token_ids(checkpoint, plan.config, load_tokenizer(checkpoint), entry.positive)
             for entry in fit.read_passages(recipe)
         ]
-        sample = fit.take_sample(model, plan, ids, fit.TOKENS)
+        sample = fit.take_sample(fit.dense_reader(plan), ids, fit.TOKENS)
         for layer, rows_ED in rows.items():
             logits = sample.x[layer] @ rows_ED.T
             assert logits.std(dim=1, unbiased=False).square().mean().sqrt() == pytest.approx(std, rel=1e-3)
@@ -270,18 +270,18 @@ def test_routers_have_the_spread_asked_for(tuned, tmp_path):
 def test_padding_is_no_input(tuned, monkeypatch):
     base, experts = tuned("bert")
     plan = plan_fuse(FuseRecipe.from_dict({"base_model": str(base), "experts": experts}))
-    model = load_model(plan.dense_class, plan.source.checkpoint, "float32")
+    reader = fit.dense_reader(plan)
     rows = [[[2, 5, 6, 3], [2, 5, 6, 7, 8, 9, 3]], [[2, 3]]]
-    together = fit.take_sample(model, plan, rows, 1000)
+    together = fit.take_sample(reader, rows, 1000)
     monkeypatch.setattr(fit, "ROWS", 1)
-    alone = fit.take_sample(model, plan, rows, 1000)
-    assert together.expert.tolist() == [0] * 11 + [1] * 2
+    alone = fit.take_sample(reader, rows, 1000)
+    assert together.label.tolist() == [0] * 11 + [1] * 2
     assert together.passage.tolist() == [0] * 4 + [1] * 7 + [2] * 2
     for layer in together.x:
         torch.testing.assert_close(together.x[layer], alone.x[layer])
-    x, _ = capture_feed_forward(model, TABLES["bert"], pad("one", [rows[1][0]]))[1]
+    x, _ = capture_feed_forward(reader.model, TABLES["bert"], pad("one", [rows[1][0]]))[1]
     torch.testing.assert_close(together.x[1][-2:], x)
-    assert len(fit.take_sample(model, plan, rows, 12).expert) == 6 + 2
+    assert len(fit.take_sample(reader, rows, 12).label) == 6 + 2
 
 
 def test_negative_prompts_take_their_mean_away(tuned):
@@ -595,7 +595,7 @@ def test_a_base_that_can_not_read_prompts(changed, tmp_path):
     tensors = weights(broken)
     tensors["bert.embeddings.word_embeddings.weight"][:] = float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SourceError, match="layer 0 makes NaN or Inf of the prompts"):
+    with pytest.raises(SourceError, match="layer 0 makes NaN or Inf of the passages"):
         hf_moe.fuse({"base_model": str(broken), "experts": experts, "allow_nonfinite": True}, tmp_path / "moe")
     assert not (tmp_path / "moe").exists()
     assert not (tmp_path / "moe.partial").exists()

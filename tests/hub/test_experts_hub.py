@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
-from tests.conftest import batch, tiny_moe
+from tests.conftest import batch, save_tokenizer, tiny_moe
 from tests.hub.server import Hub
 from tests.hub.test_experts import tune
 
@@ -136,6 +136,26 @@ def test_pull_fetches_only_the_bytes_it_needs(sent, client, mixtures, tmp_path):
     assert torch.equal(applied[name][2], tuned[name][2])
     assert not torch.equal(applied[name][1], tuned[name][1])
     assert all(torch.equal(applied[name], composed[name]) for name in applied)
+
+
+def test_rows_are_fitted_to_texts(sent, client, mixtures, tmp_path):
+    """The same from the Hub as from the folder that was sent."""
+    shutil.copytree(mixtures / "base", tmp_path / "base")
+    save_tokenizer("bert", tmp_path / "base")
+    for name, words in (("law", "the law of a free people"), ("rest", "a cat sat on the mat")):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{words} {word}" for word in words.split()))
+    start, end = ["experts", "compose", tmp_path / "base"], [f"base={tmp_path / 'rest.txt'}", "-q"]
+    lines = [
+        [*start, tmp_path / name, f"{source}{at}#0.2", "--router", "fitted", "--texts", f"{source}={tmp_path}/law.txt"]
+        for name, source, at in (("a", "ann/law", "@main"), ("b", mixtures / "art", ""))
+    ]
+    done = commands(client, sent[0], *([*line, *end] for line in lines))
+    assert [code for code, _ in done] == [0, 0], done
+    hub, folder, base = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b", "base"))
+    gate = "bert.encoder.layer.0.mlp.gate.weight"
+    assert all(torch.equal(hub[name], folder[name]) for name in hub)
+    assert not torch.equal(hub[gate][2], base[gate][2])
+    assert torch.equal(hub[gate][[0, 1, 3]], base[gate][[0, 1, 3]])
 
 
 def test_bad_input_is_refused_in_a_line(sent, client, mixtures, tmp_path):
