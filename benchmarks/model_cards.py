@@ -2,15 +2,16 @@
 
     python benchmarks/model_cards.py [EXPERIMENT …]
 
-For each experiment of `claims.py`: the dense model and the default mixture are trained on the same batches (seed 0),
-both are evaluated on rows they were not trained on, the mixture's routing is observed on the text of these, and the
-card is drawn from the files that this leaves. Minutes each; models lie in `build/corpora/cards`, and one that is there
-is not trained again.
+For each experiment of `claims.py`: the default mixture is trained, and so is the dense model, on the same batches and
+once more for as many FLOPs (seed 0). All are evaluated on rows they were not trained on, the mixture's routing is
+observed on the text of these, and the card is drawn from the files that this leaves. Minutes each; models lie in
+`build/corpora/cards`, and one that is there is not trained again.
 """
 
 import argparse
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from claims import EXPERIMENTS, recipe_of
@@ -20,9 +21,12 @@ from transformers.utils import logging
 from hf_moe.convert.observe import observe
 from hf_moe.evaluation import evaluate
 from hf_moe.hub import make_card
+from hf_moe.tasks.settings import SPLITS
 from hf_moe.training import train
 
 CARDS = Path(__file__).parents[1].resolve() / "model_cards"
+# arm of `claims.py` -> how its model's name ends
+ARMS = {"dense": "-dense-control", "dense, as many FLOPs": "-longer-dense-control", "default": ""}
 PASSAGES = 200  # that routing is observed on
 # experiment -> the model's name, and the rows it is measured on (the test rows of `domains` are of the old domain)
 MODELS = {
@@ -36,19 +40,21 @@ MODELS = {
 def make(experiment: str) -> str:
     """The card of an experiment's mixture."""
     name, split = MODELS[experiment]
-    models = {"dense": Path("cards") / f"{name}-dense-control", "default": Path("cards") / name}
-    recipes = {arm: recipe_of(experiment, arm, 0, output_dir=str(folder)) for arm, folder in models.items()}
-    for arm, folder in models.items():
+    folders = {arm: Path("cards") / f"{name}{ending}" for arm, ending in ARMS.items()}
+    recipes = {arm: recipe_of(experiment, arm, 0, output_dir=str(folder)) for arm, folder in folders.items()}
+    for arm, folder in folders.items():
         if not folder.is_dir():
             train(recipes[arm], quiet=True)
     reports = [Path("cards") / f"{name}-{what}" for what in ("evaluation", "routing")]
-    data = recipes["dense"].data
-    evaluate(list(models.values()), data, split=split, output=reports[0], batch_size=32, overwrite=True)
+    data = recipes["default"].data
+    others = {f"{other}_file": None for other in SPLITS if other != split}
+    measured = replace(data, **others)
+    evaluate(list(folders.values()), measured, split=split, output=reports[0], batch_size=32, overwrite=True)
     files = [Path(file) for file in data.files(split)]
     text = Path("cards") / f"{experiment}.txt"
     text.write_text("".join(f"{line}\n" for file in files for line in passages(file)[: PASSAGES // len(files)]))
-    observe(models["default"], reports[1], data=[text], overwrite=True)
-    return make_card(models["default"], f"hf-moe/{name}", base_model=["none"], reports=reports)
+    observe(folders["default"], reports[1], data=[text], overwrite=True)
+    return make_card(folders["default"], f"me/{name}", base_model=["none"], reports=reports)
 
 
 def passages(file: Path) -> list[str]:
