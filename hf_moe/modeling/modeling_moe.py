@@ -32,6 +32,7 @@ from .moe_experts import MoeExperts
 from .moe_layers import MoeBlock
 from .moe_losses import load_balancing_loss, mean_over_processes, refuse_nonfinite, router_entropy, router_z_loss
 from .moe_low_rank import LowRankExperts
+from .moe_outputs import RouterOutput
 from .moe_routers import TopKRouter
 from .moe_sorted_mm import SORTED_MM
 from .moe_state import RouterState, checkpointed, hand_down, take_back
@@ -213,9 +214,18 @@ def _install_capturing(model) -> bool:
 
 
 def _as_requested(model, outputs: ModelOutput, return_dict: bool | None):
+    """A tuple, or `outputs`; what is exported names their class, so there it is the dense one, which is read without
+    this code, unless the router's fields are wanted."""
     if return_dict is None:
         return_dict = model.config.return_dict
+    if _is_exporting() and outputs.keys().isdisjoint(RouterOutput.__dataclass_fields__):
+        outputs = type(outputs).__bases__[1](**outputs)
     return outputs if return_dict else outputs.to_tuple()
+
+
+def _is_exporting() -> bool:
+    """(For torch 2.10, torch.compile exports as well.)"""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 class MoeChunkLayerMixin:

@@ -48,7 +48,7 @@ class _DispatchedExperts(nn.Module):
         output_TD = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
-            if token.numel() == 0:
+            if not torch.compiler.is_exporting() and token.numel() == 0:
                 continue
             y_TD = self._expert(expert, hidden_states[token]) * top_k_weights[token, slot, None]
             output_TD.index_add_(0, token, y_TD.to(output_TD.dtype))

@@ -118,7 +118,7 @@ def refuse_nonfinite(router_logits: tuple[torch.Tensor, ...], layers: list[int],
 
 def _num_tokens(logits_TE: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
     if token_mask is None:
-        return logits_TE.new_tensor(float(len(logits_TE)))
+        return logits_TE.new_ones(logits_TE.shape[0]).sum()
     return token_mask.to(logits_TE).sum()
 
 
@@ -132,7 +132,7 @@ def _token_sum(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.T
 
 def _token_mean(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
     """Mean over the first dimension, of the tokens that count."""
-    tokens = len(values) if token_mask is None else token_mask.to(values).sum().clamp(min=1)
+    tokens = values.shape[0] if token_mask is None else token_mask.to(values).sum().clamp(min=1)
     return _token_sum(values, token_mask) / tokens
 
 

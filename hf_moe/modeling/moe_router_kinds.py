@@ -26,6 +26,8 @@ def _noisy(router: Any, x_TD: torch.Tensor) -> torch.Tensor:
 def _minus_distance(router: Any, x_TD: torch.Tensor) -> torch.Tensor:
     """(Not by products, which leave nothing of small differences.)"""
     rows_RD = router.rows(router.weight, x_TD.dtype)
+    if torch.compiler.is_exporting():  # ONNX has no cdist
+        return -torch.linalg.vector_norm(x_TD[:, None] - rows_RD, dim=-1)
     return -torch.cdist(x_TD, rows_RD, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -53,7 +55,7 @@ def _expert_choice(router: Any, scores_TR: torch.Tensor, mask_T: torch.Tensor | 
     real_T = torch.ones(tokens, dtype=torch.bool, device=scores_TR.device) if mask_T is None else mask_T.bool()
     real_T1 = real_T.to(scores_TR.device)[:, None]
     places = (real_T1.sum() * (router.capacity_factor / router.num_enabled)).ceil()
-    order_TR = scores_TR.masked_fill(~real_T1, -1.0).argsort(dim=0, descending=True, stable=True)
+    order_TR = scores_TR.masked_fill(~real_T1, -1.0).sort(dim=0, descending=True, stable=True).indices
     taken_TR = (order_TR.argsort(dim=0) < places) & real_T1
     return torch.arange(R, device=scores_TR.device).expand(tokens, R).masked_fill(~taken_TR, R)
 

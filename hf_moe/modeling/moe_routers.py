@@ -80,7 +80,7 @@ class TopKRouter(nn.Module):
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
             x_TD = hidden_states.to(dtype)
-            mask_T = None if self.forward_pass is None else self.forward_pass.token_mask(len(x_TD))
+            mask_T = None if self.forward_pass is None else self.forward_pass.token_mask(x_TD.shape[0])
             if self.training and self.jitter_noise > 0:
                 x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
             logits_TR = self.kind.logits(self, x_TD)
@@ -126,7 +126,7 @@ class TopKRouter(nn.Module):
             logits_TE, gates_TK = logits_TR.repeat_interleave(G, 1), (gates_TK / G).repeat_interleave(G, 1)
         if self.disabled:
             enabled = torch.tensor([*self.enabled, self.num_experts], device=index_TK.device)
-            all_TE = logits_TE.new_full((len(logits_TE), self.num_experts), NEVER)
+            all_TE = logits_TE.new_full((logits_TE.shape[0], self.num_experts), NEVER)
             logits_TE, index_TK = all_TE.index_copy(1, enabled[:-1], logits_TE), enabled[index_TK]
         return logits_TE, gates_TK, index_TK
 
@@ -147,5 +147,5 @@ class TopKRouter(nn.Module):
 
 def chosen(index_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Indices of experts -> (T, E), int64: 1 where a token is sent to an expert; empty slots count nowhere."""
-    chosen_TE = torch.zeros(len(index_TK), num_experts + 1, dtype=torch.long, device=index_TK.device)
+    chosen_TE = torch.zeros(index_TK.shape[0], num_experts + 1, dtype=torch.long, device=index_TK.device)
     return chosen_TE.scatter(1, index_TK, 1)[:, :num_experts]
