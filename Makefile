@@ -22,7 +22,7 @@ test-slow: $(VENV)/dev  ## the slow proofs
 lint: $(VENV)/dev  ## style, types, direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build && $(INSTALL) --no-deps --no-build-isolation --target build/lint .
+	rm -rf build/lint build/lib build/bdist* && $(INSTALL) --no-deps --no-build-isolation --target build/lint .
 	cd build/lint && $(abspath $(BIN))/python -m mypy --config-file ../../pyproject.toml -p hf_moe
 	cd build/lint && PYTHONPATH=. $(abspath $(BIN))/lint-imports --config ../../pyproject.toml --no-cache
 

@@ -202,7 +202,8 @@ def rows(experiment: str) -> list[list[str]]:
         exact = [row["certificate"]["max_rel"]["float64"] for row, _ in pairs if row["certificate"]]
         start = max(abs(row["start"]["eval_loss"] - dense["start"]["eval_loss"]) for row, dense in pairs)
         cells = [arm, str(len(pairs)), f"{flops:.2f}"]
-        cells.append(f"{tokens * speed['dense'] / speed[arm]:.2f}" if arm in speed else "")
+        timed = arm if "upcycle" in ARMS[arm] else "dense"
+        cells.append(f"{tokens * speed['dense'] / speed[timed]:.2f}" if timed in speed else "")
         cells += [f"{max(exact):.0e}" if exact else "", f"{start:.0e}" if start else "0"]
         for figure in EXPERIMENTS[experiment][1]:
             less = differences(found, arm, figure)
@@ -284,7 +285,9 @@ def main() -> None:
             fetch(corpus)
         with contextlib.chdir(FOLDER):
             if arguments.time:
-                keep("speed", results("speed") | {experiment: time_steps(experiment, arguments.arms)})
+                speed = results("speed")
+                speed[experiment] = speed.get(experiment, {}) | time_steps(experiment, arguments.arms)
+                keep("speed", speed)
             else:
                 run_all(experiment, arguments.arms, arguments.seeds, until)
     for experiment in wanted:

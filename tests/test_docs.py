@@ -1,6 +1,7 @@
 """The documents: every command and every piece of Python in them runs, in the order they stand."""
 
 import ast
+import importlib
 import json
 import re
 import shlex
@@ -130,3 +131,11 @@ def test_the_speeds_of_the_readme_are_those_measured():
     for label, (who, what, form) in rows.items():
         cells = [format(found[who][what], form) if who in found else "" for found in measured.values()]
         assert f"| {label} | {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |") in readme, label
+
+
+def test_the_claims_are_those_measured(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    claims = importlib.import_module("claims")
+    document = (ROOT / "docs" / "claims.md").read_text()
+    for experiment in claims.EXPERIMENTS:
+        assert "\n".join(claims.markdown(experiment)) in document, experiment
