@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-hub test test-slow lint format bench bench-speed bench-claims bench-convert clean
+.PHONY: demo demo-hub test test-slow lint format bench bench-speed bench-claims bench-cards bench-convert clean
 
 demo: $(VENV)/demo  ## a real BERT becomes a mixture of experts
 	$(BIN)/python examples/minilm.py
@@ -46,6 +46,9 @@ bench-speed: $(VENV)/dev  ## experts and whole models against dense layers and T
 
 bench-claims: $(VENV)/dev  ## what mixtures gain on their dense models (hours; may be stopped, and goes on)
 	$(BIN)/python benchmarks/claims.py
+
+bench-cards: $(VENV)/dev  ## the cards of what recipes made, in model_cards/
+	$(BIN)/python benchmarks/model_cards.py
 
 bench-convert: $(VENV)/dev  ## conversion against the disk and mergekit-moe (needs 40 GB of disk)
 	$(BIN)/python benchmarks/convert_speed.py

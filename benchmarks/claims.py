@@ -7,8 +7,8 @@
 Each experiment is a recipe in `recipes/claims`, each arm what `arms.yaml` there adds to it. A seed is of the batches'
 order, of dropout, and of whatever is drawn when the model starts; every arm begins with the same dense weights, task
 head included. What was measured is kept in `claims/EXPERIMENT.json` after each run, with its curve, so that a long
-experiment may be done in parts: a run that is there is not done again, and experiments may run side by side. What
-steps cost in time is measured by `--time` on a quiet machine: a few of every arm in turn, three rounds.
+experiment may be done in parts: a run that is there is not done again, and several may run side by side. What steps
+cost in time is measured by `--time` on a quiet machine: a few of every arm in turn, three rounds.
 
 `domains` goes on with a GPT-2 of 4 layers and 256 wide, which `english-gpt2.yaml` trains first (a quarter of an hour).
 The others train MiniLM-L6. Text and models lie in `build/corpora`.
@@ -109,7 +109,7 @@ def recipe_of(experiment: str, arm: str, seed: int, **keys: Any) -> TrainRecipe:
 
 def trained(experiment: str, arm: str, seed: int, **keys: Any) -> dict[str, Any]:
     """The report of one training run, whose model is thrown away."""
-    output = Path(f"trained-{experiment}")
+    output = Path("trained") / f"{experiment}-{list(ARMS).index(arm)}-{seed}"
     shutil.rmtree(output, ignore_errors=True)
     report = train(recipe_of(experiment, arm, seed, output_dir=str(output), **keys), quiet=True).report
     shutil.rmtree(output)
@@ -141,9 +141,9 @@ def run_all(experiment: str, arms: list[str], seeds: int, until: float) -> None:
     """Every run that is missing, a seed after the other, none begun later than `until`."""
     for seed in range(seeds):
         for arm in arms:
-            found = results(experiment)
-            if str(seed) not in found.get(arm, {}) and time.monotonic() < until:
-                found.setdefault(arm, {})[str(seed)] = run(experiment, arm, seed)
+            if str(seed) not in results(experiment).get(arm, {}) and time.monotonic() < until:
+                row, found = run(experiment, arm, seed), results(experiment)
+                found.setdefault(arm, {})[str(seed)] = row
                 keep(experiment, found)
                 Console().print(table(experiment))
 
