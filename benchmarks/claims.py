@@ -261,7 +261,7 @@ def spread(values: list[float]) -> str:
 
 def verdict(differences: list[float]) -> str:
     """A star where chance alone would rarely give so large a difference; none is a tie."""
-    if len(differences) < 2 or not any(differences):
+    if len(differences) < 3 or not any(differences):
         return ""
     return " *" if ttest_1samp(differences, 0).pvalue < SIGNIFICANT else ""
 
