@@ -139,3 +139,7 @@ def test_the_claims_are_those_measured(monkeypatch):
     document = (ROOT / "docs" / "claims.md").read_text()
     for experiment in claims.EXPERIMENTS:
         assert "\n".join(claims.markdown(experiment)) in document, experiment
+    found = claims.results("domains")
+    for arm in ("top-1 of 8", "default", "dense, as many FLOPs"):
+        less = claims.differences(found, arm, "eval_loss")
+        assert f"{-sum(less) / len(less):.3f}" in (ROOT / "README.md").read_text(), arm
