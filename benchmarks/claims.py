@@ -93,7 +93,7 @@ def minilm(recipe: TrainRecipe, seed: int) -> str:
 
 
 def recipe_of(experiment: str, arm: str, seed: int, **keys: Any) -> TrainRecipe:
-    """What one run follows; its start is made if it is not there."""
+    """What one run follows; its start is made first."""
     values = yaml.safe_load((RECIPES / f"{experiment}.yaml").read_text())
     start = english_gpt2() if experiment == "domains" else minilm(TrainRecipe.from_dict(values), seed)
     added = dict(ARMS[arm])

@@ -10,7 +10,6 @@ observed on the text of these, and the card is drawn from the files that this le
 
 import argparse
 import contextlib
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +20,8 @@ from transformers.utils import logging
 from hf_moe.convert.observe import observe
 from hf_moe.evaluation import evaluate
 from hf_moe.hub import make_card
+from hf_moe.tasks import DataSettings
+from hf_moe.tasks.read import read_splits
 from hf_moe.tasks.settings import SPLITS
 from hf_moe.training import train
 
@@ -50,21 +51,20 @@ def make(experiment: str) -> str:
     others = {f"{other}_file": None for other in SPLITS if other != split}
     measured = replace(data, **others)
     evaluate(list(folders.values()), measured, split=split, output=reports[0], batch_size=32, overwrite=True)
-    files = [Path(file) for file in data.files(split)]
     text = Path("cards") / f"{experiment}.txt"
-    text.write_text("".join(f"{line}\n" for file in files for line in passages(file)[: PASSAGES // len(files)]))
+    text.write_text("".join(f"{line}\n" for line in passages(measured, split)))
     observe(folders["default"], reports[1], data=[text], overwrite=True)
     return make_card(folders["default"], f"me/{name}", base_model=["none"], reports=reports)
 
 
-def passages(file: Path) -> list[str]:
-    """The text of each row."""
-    rows = file.read_text(encoding="utf-8")
-    if file.suffix == ".jsonl":
-        return [json.loads(row)["text"] for row in rows.splitlines()]
-    if file.suffix == ".conll":
-        return [" ".join(line.split()[0] for line in block.splitlines()) for block in rows.strip().split("\n\n")]
-    return rows.splitlines()
+def passages(data: DataSettings, split: str) -> list[str]:
+    """The text of the first rows of each file of a split, as many of each."""
+    files, made = data.files(split), []
+    for file in files:
+        rows, _ = read_splits(replace(data, **{f"{split}_file": file}), (split,))
+        first = rows[split].select(range(PASSAGES // len(files)))
+        made += [row["text"] if "text" in row else " ".join(row["tokens"]) for row in first]
+    return made
 
 
 def main() -> None:
