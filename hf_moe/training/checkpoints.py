@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import has_length
 
 from hf_moe.errors import SourceError
 
@@ -62,11 +63,33 @@ class RunState(TrainerCallback):
         self.stopped = self.found is not None and self.found["stopped"]  # before its time
         self.logged_at = 0  # the step of the last log
         self.total_loss = 0.0  # of the steps before this process began, as far as logged
+        self.passes = {"epoch": 0, "began": 0}  # over the rows: which one it is, and at which step it began
 
     def is_over(self) -> bool:
         """Whether no step is left: where a process ended between its last checkpoint and the output."""
         state = self.trainer.state
         return self.found is not None and (self.stopped or state.global_step >= state.max_steps)
+
+    def begin_pass(self, *, epoch: int, train_dataloader: Any, epochs_trained: int, **others: Any) -> dict[str, Any]:
+        """What Trainer must be told of the next pass over the rows.
+
+        Of rows that are streamed it does not know how many there are, and would look for where a checkpoint was made
+        in the first pass.
+        """
+        step, told = self.trainer.state.global_step, {"epoch": epoch}
+        if self.found is not None and not has_length(train_dataloader):
+            then = self.found["passes"]
+            told["epoch"] = epoch + then["epoch"]
+            if epoch == epochs_trained:
+                self.passes = then
+                parts = self.trainer.args.gradient_accumulation_steps
+                told |= {
+                    "epochs_trained": then["epoch"],
+                    "steps_trained_in_current_epoch": (step - then["began"]) * parts,
+                }
+                return told
+        self.passes = {"epoch": told["epoch"], "began": step}
+        return told
 
     def mean_loss(self) -> float:
         """Over all steps of the run, whatever process ran them."""
@@ -83,6 +106,7 @@ class RunState(TrainerCallback):
             state = {
                 "logged_at": self.logged_at,
                 "stopped": trainer.control.should_training_stop and left > 0,
+                "passes": self.passes,
                 "total_loss": self.total_loss + trainer._total_loss_scalar,
                 "processes": everybody,
                 "kept": trainer.kept,
@@ -106,9 +130,6 @@ class RunState(TrainerCallback):
         for name, callback in self._with_states().items():
             if name in mine:
                 callback.load_state_dict(mine[name], args.device)
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.train_collator.set_epoch(int(state.epoch or 0))
 
     def _with_states(self) -> dict[str, Any]:
         callbacks = self.trainer.callback_handler.callbacks

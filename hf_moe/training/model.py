@@ -5,6 +5,7 @@ from typing import Any
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
+from hf_moe.convert.classes import make_config
 from hf_moe.errors import UsageError
 from hf_moe.tasks import PreparedData, find_task, load_model
 
@@ -53,7 +54,7 @@ def overrides(config: PretrainedConfig, settings: ModelSettings) -> dict[str, An
     """Fields of `config` that the recipe gives other values.
 
     Raises:
-        UsageError: for a field that the configuration does not have.
+        UsageError: for a field that the configuration does not have, or a value that it refuses.
     """
     made: dict[str, Any] = {}
     if settings.dropout is not None:
@@ -66,6 +67,7 @@ def overrides(config: PretrainedConfig, settings: ModelSettings) -> dict[str, An
         if not hasattr(config, name):
             what = "is dense" if name in OF_ROUTERS else f"is of type {config.model_type!r}"
             raise UsageError(f"{name}: the model's configuration has no such field; it {what}.")
+    make_config(type(config), config.to_dict() | made, UsageError, "recipe")  # or the model could not be saved
     return made
 
 

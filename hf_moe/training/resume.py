@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from hf_moe.errors import UsageError
 
 from .checkpoints import is_whole, last_checkpoint, read_state
@@ -71,6 +73,30 @@ def identity(report: dict[str, Any]) -> dict[str, Any]:
     return {name: report[name] for name in names if name in report}
 
 
+def _check_rows(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -> set[str]:
+    """The keys that may differ since another number of processes takes as many rows a step.
+
+    Raises:
+        UsageError: where it would take another number of rows, or the same in another order.
+    """
+    before, processes = len(read_state(checkpoint)["processes"]), PartialState().num_processes
+    if before == processes:
+        return set()
+    if now.get("train_sampling_strategy") == "group_by_length":
+        raise UsageError(f"{checkpoint}: was made by {before} processes, on whose number group_by_length depends.")
+    rows = before * _rows(then)
+    if processes * _rows(now) != rows:
+        raise UsageError(
+            f"{checkpoint}: was made by {before} processes of {_rows(then)} rows a step each; {processes} take as "
+            f"many where per_device_train_batch_size · gradient_accumulation_steps is {rows / processes:g}."
+        )
+    return {"per_device_train_batch_size", "gradient_accumulation_steps"}
+
+
+def _rows(recipe: dict[str, Any]) -> int:
+    return recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"]
+
+
 def check_same(checkpoint: Path, recipe: TrainRecipe, data: dict[str, Any]) -> None:
     """Refuses to go on with another recipe, or other data.
 
@@ -81,6 +107,7 @@ def check_same(checkpoint: Path, recipe: TrainRecipe, data: dict[str, Any]) -> N
     if not then:
         raise UsageError(f"{checkpoint}: holds no recipe; it was not made by a training recipe.")
     free = FREE | (LENGTH if now["recipe"]["lr_scheduler_type"] in ENDLESS else set())
+    free |= _check_rows(checkpoint, then["recipe"], now["recipe"])
     names = [name for name in {**then["recipe"], **now["recipe"]} if name not in free]
     changed = [name for name in names if then["recipe"].get(name) != now["recipe"].get(name)]
     if changed:

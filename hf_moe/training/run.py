@@ -34,6 +34,18 @@ from .resume import check_same, find_checkpoint, kept
 from .trainer import MoeTrainer
 
 START = "start"  # where a dense checkpoint becomes a mixture, while the run lasts
+INF = float("inf")
+LIMITS = {  # of numbers that Trainer takes as they come
+    "per_device_train_batch_size": (1, INF),
+    "per_device_eval_batch_size": (1, INF),
+    "gradient_accumulation_steps": (1, INF),
+    "num_train_epochs": (0, INF),
+    "learning_rate": (0, INF),
+    "weight_decay": (0, INF),
+    "max_grad_norm": (0, INF),
+    "label_smoothing_factor": (0, 1),
+}
+BY_LENGTH = ("group_by_length", "batch_rebalance")
 SMOOTHED = ("masked-lm", "causal-lm", "text-classification", "token-classification")
 
 
@@ -87,10 +99,10 @@ def train(recipe: TrainRecipe, *, overwrite: bool = False, quiet: bool = False) 
     stopping = early_stopping(recipe.method, args)
     _check(recipe, args)
     source = Path(recipe.model.model_name_or_path).expanduser()
-    resume = recipe.method.resume_from_checkpoint not in (None, False)
-    on_main(lambda: check_free(recipe.output, [source] if source.is_dir() else [], overwrite=overwrite, resume=resume))
     checkpoint = on_main(lambda: find_checkpoint(recipe, files))
-    with _folder(recipe, resume=checkpoint is not None and checkpoint.is_relative_to(files)):
+    resume = checkpoint is not None and checkpoint.is_relative_to(files)
+    on_main(lambda: check_free(recipe.output, [source] if source.is_dir() else [], overwrite=overwrite, resume=resume))
+    with _folder(recipe, resume=resume):
         start = _start(recipe, files)
         set_seed(args.seed)  # a new head is drawn now
         loaded = load(recipe, start)
@@ -120,8 +132,14 @@ def _folder(recipe: TrainRecipe, *, resume: bool) -> Iterator[None]:
 def _check(recipe: TrainRecipe, args: TrainingArguments) -> None:
     """Raises UsageError for keys that do not go together."""
     task, method = recipe.data.task, recipe.method
+    for name, (low, high) in LIMITS.items():
+        if not low <= (value := getattr(args, name)) <= high:
+            limits = f"at least {low}" if high == INF else f"between {low} and {high}"
+            raise UsageError(f"{name} is {value}; it must be {limits}.")
     if args.label_smoothing_factor and task not in SMOOTHED:
         raise UsageError(f"label_smoothing_factor: {task} has no labels to smooth.")
+    if args.train_sampling_strategy in BY_LENGTH and task == "sentence-embedding":
+        raise UsageError(f"train_sampling_strategy: a row of {task} holds several texts, and has no one length.")
     if method.peft is not None and method.freeze != "none":
         raise UsageError("freeze and peft are both given; adapters freeze the rest by themselves, so leave one out.")
     if method.peft is not None and recipe.model.upcycle is not None:
@@ -149,6 +167,8 @@ def load(recipe: TrainRecipe, path: str) -> Loaded:
     data = prepare_data(recipe.data, tokenizer, config, labels=kept_labels(config, task, settings))
     if data.train is None:
         raise UsageError("There are no rows to train on: give train_file, or a dataset with a train split.")
+    if recipe.arguments["label_smoothing_factor"] and data.problem_type not in (None, "single_label_classification"):
+        raise UsageError(f"label_smoothing_factor: a {data.problem_type} has no labels to smooth.")
     if recipe.arguments["eval_strategy"] != "no" and data.validation is None:
         raise UsageError(
             "eval_strategy is set, but there are no validation rows: give validation_file or "
@@ -181,7 +201,8 @@ def describe(recipe: TrainRecipe, *, overwrite: bool = False) -> dict[str, Any]:
     args = recipe.training_arguments(files)
     early_stopping(recipe.method, args)
     _check(recipe, args)
-    resume = recipe.method.resume_from_checkpoint not in (None, False)
+    checkpoint = find_checkpoint(recipe, files)
+    resume = checkpoint is not None and checkpoint.is_relative_to(files)
     check_free(recipe.output, [], overwrite=overwrite, resume=resume)
     told: dict[str, Any] = {"recipe": yaml.safe_load(recipe.to_yaml())}
     if recipe.model.upcycle is not None:

@@ -1,13 +1,16 @@
 """Transformers' Trainer for mixtures of experts, and for dense models on the same terms."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_moe.errors import TrainingError, UsageError
 from hf_moe.modeling.modeling_moe import MoePreTrainedModelMixin
@@ -78,6 +81,7 @@ class MoeTrainer(Trainer):
         self.active, self.active_at = Active(0, 0), -1  # parameters, as of a step
         self.reads_num_items: bool | None = True if self.is_ours else None
         self.router_rate: float | None = None
+        self.group_by: torch.Generator | None = None  # what groups of like length are drawn by
 
     def _base_model(self) -> Any:
         model = self.accelerator.unwrap_model(self.model)
@@ -90,14 +94,31 @@ class MoeTrainer(Trainer):
 
     # ---- data
 
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
     def get_train_dataloader(self):
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        collator, self.train_collator = self.data_collator, SeededCollator(self.data_collator, seed)
+        collator, self.train_collator = self.data_collator, SeededCollator(self.data_collator, self._data_seed())
         self.data_collator = self.train_collator
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = collator
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler) and sampler.generator is None:
+            # else each process would group by its own random numbers, and a resumed one by others
+            self.group_by = sampler.generator = torch.Generator()
+        return sampler
+
+    def _get_eval_sampler(self, eval_dataset):
+        """In their order: predictions are looked up by it."""
+        strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "sequential"
+        try:
+            return super()._get_eval_sampler(eval_dataset)
+        finally:
+            self.args.train_sampling_strategy = strategy
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):
         with torch.random.fork_rng(devices=[]):
@@ -136,8 +157,10 @@ class MoeTrainer(Trainer):
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             finally:
                 self.label_smoother = smoother
-            if unread and not smoothed:
-                loss = loss * (1.0 if share is None else share)  # Trainer has multiplied it by the processes already
+            if (
+                unread and not smoothed
+            ):  # a mean over no labels is NaN; Trainer has multiplied by the processes already
+                loss = torch.where(share > 0, loss, 0.0) * share
         if training:
             loss = self._with_router_losses(loss, outputs, share)
         return (loss, outputs) if return_outputs else loss
@@ -220,17 +243,31 @@ class MoeTrainer(Trainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.run_state.is_over():
             self.control.should_training_stop = True  # Trainer would do a step before it looks
-        else:
-            super()._run_epoch(*args, **kwargs)
+            return
+        kwargs |= self.run_state.begin_pass(**kwargs)
+        self.train_collator.set_epoch(kwargs["epoch"])
+        if self.group_by is not None:
+            self.group_by.manual_seed(self._data_seed() + kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         except FloatingPointError as error:
-            raise self._stopped(f"{str(error).partition('. ')[0]}; {self._culprit(inputs)}") from error
-        if not torch.isfinite(loss):
-            raise self._stopped(f"the loss is {float(loss)}; {self._culprit(inputs)}")
+            why = str(error).partition(". ")[0]
+            # looking further needs all processes that share a model, and the others are past this
+            raise self._stopped(why if self._is_sharded() else f"{why}; {self._culprit(inputs)}") from error
+        if not self._is_finite(loss):
+            told = f"the loss is {float(loss)}" if not torch.isfinite(loss) else "another process's loss is not finite"
+            raise self._stopped(f"{told}; {self._culprit(inputs)}")
         return loss
+
+    def _is_finite(self, loss: torch.Tensor) -> bool:
+        """Of processes that share a model, in all of them: one that ended alone would leave the others waiting."""
+        finite = torch.isfinite(loss).float()
+        return bool(
+            self.accelerator.reduce(finite).eq(self.accelerator.num_processes) if self._is_sharded() else finite
+        )
 
     def _culprit(self, inputs: dict[str, Any]) -> str:
         where = first_bad_output(self.model, self._prepare_inputs(inputs))
@@ -238,21 +275,35 @@ class MoeTrainer(Trainer):
 
     def _clip_grad_norm(self, model):
         if not self._holds_whole_gradients():
-            return super()._clip_grad_norm(model)
+            return self._checked(super()._clip_grad_norm(model))
         norm = self._checked_norm(model)
         clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
         return norm
 
     def _get_grad_norm(self, model, grad_norm=None):
-        if grad_norm is None and self._holds_whole_gradients():
-            return self._checked_norm(model)
-        return super()._get_grad_norm(model, grad_norm)
+        if grad_norm is not None:
+            return super()._get_grad_norm(model, grad_norm)
+        return (
+            self._checked_norm(model)
+            if self._holds_whole_gradients()
+            else self._checked(super()._get_grad_norm(model))
+        )
+
+    def _is_sharded(self) -> bool:
+        """Whether processes hold parts of the model each."""
+        whole = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        return self.is_distributed_loading_by_transformers or self.accelerator.distributed_type not in whole
 
     def _holds_whole_gradients(self) -> bool:
         """Whether gradients are plain tensors, neither sharded nor scaled. (Scaled ones that overflow skip a step.)"""
-        plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-        sharded = self.is_distributed_loading_by_transformers or self.accelerator.distributed_type not in plain
-        return not sharded and getattr(self.accelerator, "scaler", None) is None
+        return not self._is_sharded() and getattr(self.accelerator, "scaler", None) is None
+
+    def _checked(self, norm: Any) -> Any:
+        """A norm that the library computed, of gradients that are not here whole."""
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if whole is not None and getattr(self.accelerator, "scaler", None) is None and not math.isfinite(whole):
+            raise self._stopped("a gradient is not finite, by their norm")
+        return norm
 
     def _checked_norm(self, model: nn.Module) -> torch.Tensor:
         """Of all gradients, before clipping by it makes every one of them NaN."""

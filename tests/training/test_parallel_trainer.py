@@ -11,6 +11,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 import hf_moe
+from hf_moe.errors import TrainingError
+from hf_moe.training import MoeTrainer
 from tests.conftest import lm_class, tiny_moe
 from tests.modeling.distributed import in_processes
 from tests.training.test_parallel import LOSSES, STILL
@@ -62,6 +64,32 @@ def train(family, folder, output, world, resume=None, steps=STEPS, loading=None,
     }
 
 
+class Poisoned(MoeTrainer):
+    """Its loss, or the gradients of it, are NaN in one of two processes."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        if self.accelerator.process_index == 1:
+            if self.poisoned == "loss":
+                return loss * float("nan")
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+
+def stopped(root, rank, poisoned):
+    """What each of two processes that share a model says of a NaN that one of them met."""
+    sharded = DistributedConfig(fsdp_size=2, ep_size=2)
+    model = hf_moe.LlamaMoeForCausalLM.from_pretrained(root / "llama", distributed_config=sharded)
+    values = {"max_steps": 2, "use_cpu": True, "save_only_model": True, "report_to": [], "disable_tqdm": True}
+    args = TrainingArguments(output_dir=str(root / "stopped"), **values)
+    trainer = Poisoned(model=model, args=args, train_dataset=rows("llama"))
+    trainer.poisoned = poisoned
+    try:
+        trainer.train()
+    except TrainingError as error:
+        return str(error)
+
+
 def two(rank, root):
     """All that two processes do, in one start of them."""
     found = {}
@@ -72,6 +100,7 @@ def two(rank, root):
     )
     sharded = {"distributed_config": DistributedConfig(fsdp_size=2, ep_size=2)}
     found["sharded"] = train("llama", root / "llama", root / "sharded", 2, loading=sharded, save_only_model=True)
+    found["loss"], found["gradient"] = stopped(root, rank, "loss"), stopped(root, rank, "gradient")
     found["fsdp on a CPU"] = train(
         "bert", root / "bert", root / "fsdp", 2, steps=1, fsdp=True, fsdp_config={"version": 2}, save_strategy="no"
     )
@@ -135,6 +164,14 @@ def test_experts_on_different_processes_train_as_on_one(root, one, found):
     assert_same_weights(root / "llama-one" / "last", root / "sharded" / "last")
     configs = [json.loads((root / name / "last" / "config.json").read_text()) for name in ("llama-one", "sharded")]
     assert configs[0]["auto_map"] == configs[1]["auto_map"]
+
+
+def test_a_nan_in_one_process_stops_all_that_share_the_model(found):
+    told = [process["loss"] for process in found]
+    assert told[0].startswith("step 1: another process's loss is not finite; all outputs are finite")
+    assert told[1].startswith("step 1: the loss is nan; ")
+    for process in found:
+        assert process["gradient"].startswith("step 1: a gradient is not finite, by their norm")
 
 
 def test_accelerate_has_no_fsdp_on_a_cpu(found):

@@ -107,17 +107,19 @@ def test_resuming_where_an_epoch_ends(mixture, tmp_path):
     ("task", "family", "keys"),
     [
         ("causal-lm", "gpt2", {"streaming": True, "packing": True, "max_length": 16}),
+        ("masked-lm", "bert", {"streaming": True, "max_steps": 10, "gradient_accumulation_steps": 2}),
+        ("masked-lm", "bert", {"train_sampling_strategy": "group_by_length", "max_steps": 10, "dropout": 0.1}),
         ("causal-lm", "gpt2", {"peft": {"preset": "attention+experts", "r": 2}}),
         ("sentence-embedding", "bert", {"dropout": 0.1}),
         ("text-classification", "llama", {"optim": "sgd", "freeze": "experts_only"}),
     ],
-    ids=["streamed", "adapters", "embedding", "classes"],
+    ids=["streamed", "streamed again", "grouped", "adapters", "embedding", "classes"],
 )
 def test_other_runs_resume_too(task, family, keys, mixture, tmp_path):
     made = keys_for(task, mixture(family), tmp_path, save_strategy="steps", save_steps=1, learning_rate=1e-2)
     made |= {"max_steps": 4, **keys}
     whole = train(TrainRecipe.from_dict(made), quiet=True)
-    checkpoint = str(whole.path / "checkpoint-2")
+    checkpoint = str(whole.path / f"checkpoint-{made['max_steps'] - 2}")
     again = made | {"output_dir": str(tmp_path / "again"), "resume_from_checkpoint": checkpoint}
     report = train(TrainRecipe.from_dict(again), quiet=True).report
     assert without_times(report["history"]) == without_times(whole.report["history"])
@@ -212,6 +214,16 @@ def test_nothing_is_done_after_the_end(early, mixture, tmp_path):
     assert without_times(resumed.report["history"]) == without_times(whole.report["history"])
     weights = [(made.path / "model.safetensors").read_bytes() for made in (whole, resumed)]
     assert weights[0] == weights[1]
+
+
+def test_going_on_from_elsewhere_spares_what_was_interrupted(finished, tmp_path):
+    _, keys = finished
+    files = tmp_path / "other.partial" / "files"
+    shutil.copytree(finished[0] / "out", files)
+    recipe = TrainRecipe.from_dict({**keys, "output_dir": str(tmp_path / "other")})
+    with pytest.raises(UsageError, match="is an interrupted run"):
+        train(recipe, quiet=True)
+    assert is_whole(files / "checkpoint-1")
 
 
 def test_a_constant_rate_may_go_on_longer(mixture, tmp_path):
