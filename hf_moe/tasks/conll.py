@@ -26,11 +26,10 @@ def read_conll(file: Path) -> list[list[tuple[str, str]]]:
     separator = "\t" if "\t" in text else None
     for number, line in enumerate(text.split("\n"), 1):
         line = line.rstrip("\r")
-        if not line.strip():
-            if sentences[-1]:
-                sentences.append([])
+        if not line.strip() or line.startswith("-DOCSTART-"):
+            sentences.append([])
             continue
-        if line.startswith("-DOCSTART-") or (separator and line.startswith("#") and separator not in line):
+        if separator and line.startswith("#") and separator not in line:
             continue
         columns = [column.strip() for column in line.split(separator)]
         width = width or len(columns)

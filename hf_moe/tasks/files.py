@@ -20,7 +20,11 @@ ENDINGS = {
     ".parquet": "parquet",
     ".conll": "conll",
 }
-SEPARATORS = {"csv": ",", "tsv": "\t"}
+# In .tsv a quotation mark is one: files with tabs are seldom quoted, and their texts may begin with it.
+FORMS: dict[str, dict[str, Any]] = {
+    "csv": {"delimiter": ","},
+    "tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
+}
 STREAMED = ("text", "jsonl", "csv", "tsv", "parquet")
 
 
@@ -53,7 +57,10 @@ def read_files(files: list[str], settings: DataSettings) -> Any:
     if settings.streaming and kind not in STREAMED:
         raise UsageError(f"{files[0]}: can't be streamed; {', '.join(f'.{name}' for name in STREAMED)} can.")
     try:
-        return READERS[kind](paths, settings)
+        rows = READERS[kind](paths, settings)
+        if settings.streaming and next(iter(rows), None) is None:
+            raise UsageError(f"{files[0]}: holds no rows.")
+        return rows
     except HfMoeError:
         raise
     except Exception as error:  # the library wraps what its readers raise, and they raise anything
@@ -67,7 +74,7 @@ def _load(builder: str, files: list[str], settings: DataSettings, **options: Any
 
 
 def _text(files: list[str], settings: DataSettings) -> Any:
-    return _load("text", files, settings, sample_by=settings.sample_by)
+    return _load("text", files, settings, sample_by=settings.sample_by, encoding="utf-8-sig")
 
 
 def _jsonl(files: list[str], settings: DataSettings) -> Any:
@@ -91,20 +98,20 @@ def _csv(files: list[str], settings: DataSettings) -> Any:
     """Every column is text: "NA", "01" and "1" stay what they are, in every part of a file."""
     from datasets import Features, Value
 
-    separator = SEPARATORS[kind_of(files)]
-    headers = [_header(file, separator) for file in files]
+    form = FORMS[kind_of(files)]
+    headers = [_header(file, form) for file in files]
     if any(header != headers[0] for header in headers):
         raise SourceError(f"{files[0]}: the other files of this split have other columns.")
     if not settings.streaming:
         for file in files:
-            _check_csv(file, separator)
+            _check_csv(file, form)
     features = Features({name: Value("string") for name in headers[0]})
-    return _load("csv", files, settings, sep=separator, features=features, na_filter=False, encoding="utf-8-sig")
+    return _load("csv", files, settings, **form, features=features, na_filter=False, encoding="utf-8-sig")
 
 
-def _header(file: str, separator: str) -> list[str]:
+def _header(file: str, form: dict[str, Any]) -> list[str]:
     with open(file, encoding="utf-8-sig", newline="") as lines:
-        names = next(csv.reader(lines, delimiter=separator), [])
+        names = next(csv.reader(lines, **form), [])
     if not names:
         raise UsageError(f"{file}: holds no rows.")
     if len(set(names)) < len(names) or "" in names:
@@ -112,10 +119,11 @@ def _header(file: str, separator: str) -> list[str]:
     return names
 
 
-def _check_csv(file: str, separator: str) -> None:
+def _check_csv(file: str, form: dict[str, Any]) -> None:
     """The library fills up lines that are too short, without a word."""
+    csv.field_size_limit(2**31 - 1)  # of a document in a cell
     with open(file, encoding="utf-8-sig", newline="") as lines:
-        rows = csv.reader(lines, delimiter=separator)
+        rows = csv.reader(lines, **form)
         width = len(next(rows))
         for row in rows:
             if row and len(row) != width:
@@ -139,7 +147,8 @@ def _json(files: list[str], settings: DataSettings) -> Any:
         if not isinstance(held, list) or not all(isinstance(row, dict) for row in held):
             raise SourceError(f"{file}: should hold a list of objects, or an object with such a list as 'data'.")
         rows += [question for row in held for question in _questions(file, row)]
-    return Dataset.from_list(rows)
+    columns = dict.fromkeys(name for row in rows for name in row)  # of all rows; from_list looks at the first
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
 
 
 def _questions(file: str, row: dict[str, Any]) -> list[dict[str, Any]]:

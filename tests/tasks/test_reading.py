@@ -1,9 +1,13 @@
 """Rows from files of every kind, and what is said of those that can't be read."""
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pandas
 import pytest
+from datasets import load_dataset_builder
 
 from hf_moe.errors import SourceError, UsageError
 from tests.tasks.conftest import TEXTS
@@ -52,6 +56,33 @@ def test_what_csv_files_hold_is_text(files, prepare):
     assert list(made.raw["train"]["text"]) == ["NA", "null", ""]
 
 
+def test_a_quotation_mark_between_tabs_is_one(files, prepare):
+    """As in GLUE's files: quoting would join rows."""
+    files(train_tsv='text\tlabel\n"Yes he said\t1\nno\t0\nok"\t1\n')
+    made, _ = prepare("text-classification", train_file="train.tsv")
+    assert list(made.raw["train"]["text"]) == ['"Yes he said', "no", 'ok"']
+
+
+def test_a_cell_may_be_long(files, prepare):
+    files(train_csv=f"text,label\n{'the dog ' * 20_000},a\nthe cat,b\n")
+    made, _ = prepare("text-classification", train_file="train.csv", max_length=16)
+    assert made.report["splits"]["train"]["rows"] == 2
+
+
+def test_columns_of_json_are_those_of_all_rows(files, prepare):
+    """The first row need not have them."""
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y", "more": "c"}]
+    files(train_json=rows)
+    made, _ = prepare("text-classification", train_file="train.json")
+    assert list(made.raw["train"]["more"]) == [None, "c"]
+
+
+def test_a_mark_of_encoding_is_no_text(files, prepare):
+    files(train_txt=b"\xef\xbb\xbfthe dog\nthe cat\n")
+    made, _ = prepare("causal-lm", family="gpt2", train_file="train.txt")
+    assert list(made.raw["train"]["text"]) == ["the dog", "the cat"]
+
+
 def test_several_files_make_one_split(kinds, prepare):
     made, _ = prepare("text-classification", train_file=["rows.jsonl", "rows.jsonl"], validation_file="rows.csv")
     assert len(made.train) == 12
@@ -67,6 +98,44 @@ def test_a_folder_that_datasets_reads(kinds, prepare):
     assert (len(made.train), made.validation, len(made.test)) == (6, None, 2)
     with pytest.raises(UsageError, match=r"has no split 'dev'; it has train, test"):
         prepare("text-classification", dataset_name="./set", validation_split="dev")
+
+
+def identity(made):
+    names = ("files", "dataset_name", "dataset_revision", "fingerprints")
+    return {name: made.report[name] for name in names if name in made.report}
+
+
+def test_a_folder_is_known_by_what_its_files_hold(kinds, prepare):
+    """A copy of it, or a file whose time alone is another, are the same data."""
+    for place in ("one", "other"):
+        (kinds / place / "set").mkdir(parents=True)
+        for split in ("train", "test"):
+            (kinds / place / "set" / f"{split}.jsonl").write_text((kinds / "rows.jsonl").read_text())
+    os.utime(kinds / "other" / "set" / "train.jsonl", (0, 0))
+
+    def read(place, **settings):
+        return identity(prepare("causal-lm", family="gpt2", dataset_name=str(kinds / place / "set"), **settings)[0])
+
+    one, other = read("one"), read("other")
+    assert set(one["files"]) == {"train.jsonl", "test.jsonl"}
+    assert one["files"] == other["files"]
+    assert "fingerprints" not in one
+    assert read("one", streaming=True)["files"]["train.jsonl"]["bytes"] == one["files"]["train.jsonl"]["bytes"]
+    (kinds / "other" / "set" / "train.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    assert read("other")["files"]["train.jsonl"] != one["files"]["train.jsonl"]
+
+
+def test_a_dataset_of_the_hub_is_known_by_its_commit(kinds, prepare):
+    """Out of reach of the Hub, by that of the copy in the library's cache."""
+    (kinds / "set").mkdir()
+    (kinds / "set" / "train.jsonl").write_text((kinds / "rows.jsonl").read_text())
+    builder = load_dataset_builder(str(kinds / "set"))
+    builder.download_and_prepare()
+    cached = Path(os.environ["HF_DATASETS_CACHE"]) / "somebody___set" / "default" / "0.0.0" / ("a1" * 20)
+    shutil.copytree(builder.cache_dir, cached)
+    for streaming in (False, True):
+        made, _ = prepare("causal-lm", family="gpt2", dataset_name="somebody/set", streaming=streaming)
+        assert identity(made) == {"dataset_name": "somebody/set", "dataset_revision": "a1" * 20}
 
 
 def test_validation_rows_are_drawn_by_the_seed(kinds, prepare):
@@ -97,27 +166,6 @@ def test_a_file_that_changed_is_read_again(files, prepare):
             ids = [token for row in made.test for token in row["input_ids"]]
             end = [tokenizer.eos_token_id] if packing else []
             assert ids == [token for text in texts for token in tokenizer(text)["input_ids"] + end]
-
-
-def test_streaming_reads_while_it_is_asked(files, prepare):
-    files(train_txt="\n".join(TEXTS * 3), test_txt="\n".join(TEXTS))
-    made, tokenizer = prepare(
-        "causal-lm", family="llama", train_file="train.txt", test_file="test.txt", streaming=True, max_eval_samples=4
-    )
-    assert not hasattr(made.train, "__len__")
-    assert [row["input_ids"] for row in made.train] == [tokenizer(text)["input_ids"] for text in TEXTS * 3]
-    assert len(made.test) == 4
-
-
-def test_streaming_packs(files, prepare):
-    files(train_txt="\n".join(TEXTS))
-    streamed, whole = (
-        prepare("causal-lm", family="llama", train_file="train.txt", packing=True, max_length=16, streaming=streaming)[
-            0
-        ]
-        for streaming in (True, False)
-    )
-    assert list(streamed.train) == list(whole.train)
 
 
 SQUAD = {"question": "who sat", "context": "the dog sat", "answers": {"text": ["the dog"], "answer_start": [0]}}
