@@ -26,7 +26,7 @@ def cv(
     from hf_moe.training.cross_validation import cross_validate
 
     wanted = TrainRecipe.from_yaml(find_recipe(recipe), **overrides(ctx.args))
-    tell(bars=False, warnings=not quiet)
+    tell(ctx, bars=False, warnings=not quiet)
     made = cross_validate(
         wanted,
         folds=folds,

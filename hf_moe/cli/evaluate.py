@@ -15,6 +15,7 @@ Column = typer.Option(help="Its name, where it is not a usual one.", rich_help_p
 
 
 def evaluate(
+    ctx: typer.Context,
     models: Annotated[
         list[str], typer.Argument(help="Models: folders or Hub ids. Others are held against the first.")
     ],
@@ -108,7 +109,7 @@ def evaluate(
         raise UsageError("Name what is measured by --task, such as --task token-classification.")
     if not measured and output is not None:
         raise UsageError("--output is for what is measured on --data; give that, or --json without --output.")
-    tell(bars=sys.stderr.isatty() and not (quiet or json), warnings=not quiet)
+    tell(ctx, bars=sys.stderr.isatty() and not (quiet or json), warnings=not quiet)
     report: dict[str, Any] = {}
     path = None
     with show.Bars(enabled=not (json or quiet)) as progress:

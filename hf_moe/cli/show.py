@@ -21,15 +21,15 @@ OUT = Console(soft_wrap=True, highlight=False, markup=False)
 ERR = Console(stderr=True)
 
 
-def fields(values: dict[str, Any], as_json: bool) -> None:
-    """A mapping, as JSON or as two columns."""
+def fields(values: dict[str, Any], as_json: bool, *, words: bool = True) -> None:
+    """A mapping, as JSON or as two columns; whether its keys are `words` to read, or names that stay as they are."""
     if as_json:
         print(json.dumps(values, indent=2))
         return
     table = Table.grid("name", Column("value", overflow="fold"), padding=(0, 2))
     for name, value in values.items():
         if value not in (None, [], {}):
-            table.add_row(name.replace("_", " "), Text(_text(name, value)))
+            table.add_row(name.replace("_", " ") if words else name, Text(_text(name, value)))
     OUT.print(table)
 
 
@@ -193,11 +193,11 @@ SPEEDS = ("_runtime", "_per_second", "_preparation_time", "total_flos")
 
 
 def _trains(trains: dict[str, Any]) -> dict[str, str | None]:
-    kinds, new = trains["by_kind"].items(), trains["new"]
-    told = ", ".join(f"{kind} {row['parameters']:,} of {row['of']:,}" for kind, row in kinds)
+    from hf_moe.training.freezing import in_words  # heavy, and there already
+
+    new = trains["new"]
     return {
-        "trains": f"{trains['tensors']} tensors, {trains['parameters']:,} of {trains['of']:,} parameters "
-        f"({trains['share']:.1%}): {told}",
+        "trains": in_words(trains),
         "new": f"{', '.join(new[:4])}{f' and {len(new) - 4} more' if new[4:] else ''}" if new else None,
     }
 

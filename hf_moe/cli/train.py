@@ -1,5 +1,6 @@
 """`hf-moe train` and `hf-moe recipes`."""
 
+import logging
 import os
 import re
 import sys
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from hf_moe import recipes as packaged
 from hf_moe.cli import show
@@ -33,7 +34,7 @@ def train(
     from hf_moe.training import TrainRecipe, run  # heavy, and not every command's
 
     wanted = TrainRecipe.from_yaml(find_recipe(recipe), **overrides(ctx.args))
-    tell(bars=sys.stderr.isatty() and not (quiet or json), warnings=not quiet)
+    tell(ctx, bars=sys.stderr.isatty() and not (quiet or json), warnings=not quiet)
     if dry_run:
         told = run.describe(wanted, overwrite=overwrite)
         if not quiet and is_main():
@@ -44,9 +45,25 @@ def train(
         show.trained(made.report, made.path, json)
 
 
-def recipes(json: Json = False) -> None:
-    """List the packaged recipes, which `hf-moe train NAME` runs."""
-    show.fields({file.stem: headline(file) for file in packaged.files()}, json)
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="Print this one, to be kept and changed.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List the packaged recipes, which `hf-moe train NAME` runs; those in accelerate/ are for `accelerate launch`."""
+    held = {file.stem: file for file in packaged.files()} | {f"accelerate/{file.stem}": file for file in launchers()}
+    if name is None:
+        show.fields({name: headline(file) for name, file in held.items()}, json, words=False)
+    elif name in held:
+        print(held[name].read_text(encoding="utf-8"), end="")
+    else:
+        raise UsageError(f"recipe {name!r}: is no packaged recipe; choose from {', '.join(held)}.")
+
+
+def launchers() -> list[Path]:
+    """The packaged configurations of Accelerate."""
+    return sorted((Path(packaged.__file__).parent / "accelerate").glob("*.yaml"))
 
 
 def find_recipe(name: str) -> Path:
@@ -102,16 +119,19 @@ def typed(key: str, text: str) -> Any:
         raise UsageError(f"--{key} {text}: can't be read as YAML ({' '.join(str(error).split())}).") from error
 
 
-def tell(*, bars: bool, warnings: bool) -> None:
-    """What libraries say on standard error meanwhile. Raises UsageError where the extra is not installed."""
+def tell(ctx: typer.Context, *, bars: bool, warnings: bool) -> None:
+    """What libraries and we say on standard error meanwhile. Raises UsageError where the extra is not installed."""
     need("train", "datasets")
     import datasets
 
     if not bars:
         datasets.disable_progress_bars()
-        logging.disable_progress_bar()
+        disable_progress_bar()
     if not warnings:
-        logging.set_verbosity_error()
+        set_verbosity_error()
+        ours = logging.getLogger("hf_moe")
+        ours.setLevel(logging.ERROR)
+        ctx.call_on_close(lambda: ours.setLevel(logging.NOTSET))
 
 
 def is_main() -> bool:

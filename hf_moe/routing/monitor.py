@@ -1,4 +1,4 @@
-"""Routing during training: figures beside Trainer's loss, and one warning where a layer collapses."""
+"""Routing during training: figures beside Trainer's loss, and warnings where a layer collapses or an expert dies."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,9 @@ logger = logging.get_logger(__name__)
 
 COLLAPSED_ENTROPY = 0.5  # normalised: below it a layer counts as collapsed
 WINDOW = 3  # logs in a row
+ENOUGH = 50  # assignments that would be an expert's fair share; without a single one of so many it is no chance
+NAMED = 4  # layers in one warning
+REVIVE = "A larger router_aux_loss_coef brings them back; hf-moe prune leaves them out of the trained mixture."
 WHAT_TO_TRY = "Raise router_aux_loss_coef (tenfold is a fair step) or lower the learning rate, and start anew."
 
 
@@ -34,7 +37,8 @@ class RoutingMonitor(TrainerCallback):
     Args:
         collapsed_entropy: a layer below this normalised entropy has collapsed; so has one of whose experts more than
             half of those that could be dead are.
-        window: for so many logs in a row, before the warning, which comes once.
+        window: for so many logs in a row, before the warning, which comes once. An expert that gets no token for as
+            long, while `ENOUGH` would be its fair share, is named, once until it gets one again.
         per_expert: whether reporters are told `load/layer_L/expert_E` too, the share of a layer's assignments that
             each expert got (`loads` holds the last ones). Trainer's history has no room for them.
     """
@@ -48,6 +52,7 @@ class RoutingMonitor(TrainerCallback):
         self.loads: dict[int, list[float]] = {}  # layer -> share by expert, as of the last log
         self.warned = False
         self.streak: dict[int, int] = {}
+        self.empty: dict[int, torch.Tensor] = {}  # layer -> (2, E): logs in a row without a token, and what is missed
         self.counts: dict[int, torch.Tensor] = {}  # layer -> (E + 2,): by expert, empty slots, tokens
         self.handles: list[Any] = []
 
@@ -62,7 +67,7 @@ class RoutingMonitor(TrainerCallback):
         """Raises UsageError where the model is dense."""
         self.on_train_end(args, state, control)
         self.experts = {layer: num_experts_of(model.get_submodule(name)) for layer, name in experts_of(model).items()}
-        self.counts, self.streak = {}, dict.fromkeys(self.experts, 0)
+        self.counts, self.streak, self.empty = {}, dict.fromkeys(self.experts, 0), {}
         self.handles = attach(model, self._see)
         self.model = model
 
@@ -85,14 +90,16 @@ class RoutingMonitor(TrainerCallback):
     def state_dict(self) -> dict[str, Any]:
         """What this process has counted since the last log, and whether it has warned; JSON-able."""
         counts = {str(layer): held.tolist() for layer, held in self.counts.items()}
+        empty = {str(layer): held.tolist() for layer, held in self.empty.items()}
         streak = {str(layer): count for layer, count in self.streak.items()}
-        return {"warned": self.warned, "streak": streak, "counts": counts}
+        return {"warned": self.warned, "streak": streak, "counts": counts, "empty": empty}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """After training has begun, so that a resumed run goes on counting."""
         self.warned = state["warned"]
         self.streak = {int(layer): count for layer, count in state["streak"].items()}
         self.counts = {int(layer): torch.tensor(held, device=device) for layer, held in state["counts"].items()}
+        self.empty = {int(layer): torch.tensor(held).double() for layer, held in state.get("empty", {}).items()}
 
     def _see(self, layer, experts, x_TD, index_TK, gates_TK, kept_T) -> None:
         if not self.model.training:
@@ -127,6 +134,7 @@ class RoutingMonitor(TrainerCallback):
         entropies = {layer: measures.normalised_entropy(*row).item() for layer, row in rows.items()}
         dead = {layer: int(measures.dead(row[0]).sum()) for layer, row in rows.items()}
         self._alarm(rows, entropies, dead)
+        self._name_the_dead({layer: row[0][0] for layer, row in rows.items()})
         return {
             "routing/max_violation": max(measures.max_violation(row[0]).item() for row in rows.values()),
             "routing/cv": max(measures.variation(row[0]).item() for row in rows.values()),
@@ -142,11 +150,7 @@ class RoutingMonitor(TrainerCallback):
         layers = [layer for layer, count in self.streak.items() if count >= self.window]
         if layers and not self.warned:
             self.warned = True
-            if (
-                torch.distributed.is_available()
-                and torch.distributed.is_initialized()
-                and torch.distributed.get_rank()
-            ):
+            if _is_another():
                 return  # one process tells
             worst = min(layers, key=lambda layer: entropies.get(layer, 1.0))
             logger.warning(
@@ -154,6 +158,28 @@ class RoutingMonitor(TrainerCallback):
                 f"dead, normalised entropy {entropies.get(worst, 1.0):.2f}"
                 f"{f' (and in layers {layers})' if layers[1:] else ''}. {WHAT_TO_TRY}"
             )
+
+    def _name_the_dead(self, counts: dict[int, torch.Tensor]) -> None:
+        """Warns of experts that have got no token for long enough, as of this log."""
+        found: dict[int, list[int]] = {}
+        for layer, counts_E in counts.items():
+            before = self.empty.get(layer, torch.zeros(2, len(counts_E), dtype=torch.float64))
+            missed = counts_E.sum().item() / len(counts_E)
+            after = torch.where(counts_E == 0, before + torch.tensor([[1.0], [missed]]), 0.0)
+            self.empty[layer] = after
+            if new := (self._long(after) & ~self._long(before)).nonzero().flatten().tolist():
+                found[layer] = new
+        if found and not _is_another():
+            named = [
+                f"{'experts' if held[1:] else 'expert'} {', '.join(map(str, held))} in layer {layer}"
+                for layer, held in found.items()
+            ]
+            more = f" and others in {len(named) - NAMED} more layers" if named[NAMED:] else ""
+            which = ", ".join(named[:NAMED]) + more
+            logger.warning(f"For {self.window} logs or more no token has gone to {which}. {REVIVE}")
+
+    def _long(self, empty: torch.Tensor) -> torch.Tensor:
+        return (empty[0] >= self.window) & (empty[1] >= ENOUGH)
 
 
 def _is_another() -> bool:

@@ -46,13 +46,14 @@ def find_labels(
         places: split -> what a user calls it.
 
     Raises:
-        UsageError: for a cell of the wrong type, or empty; a label that training does not have; a single class.
+        UsageError: for a cell of the wrong type, or empty; a label that training does not have; training rows whose
+            labels are all the same.
     """
     for split, column in cells.items():
         for row, cell in enumerate(column):
             if cell is None or cell == "" or (class_names is not None and cell == -1):
                 raise UsageError(f"{places[split]}: row {row + 1} has no label.")
-    kind = problem_type or _problem_type([cell for column in cells.values() for cell in column], class_names, given)
+    kind = problem_type or problem_type_of([cell for column in cells.values() for cell in column], class_names, given)
     if kind == "regression":
         return _regression(cells, places)
     many = kind == "multi_label_classification"
@@ -64,9 +65,12 @@ def find_labels(
     names = _label_list(told[source], class_names, given)
     for split, rows in told.items():
         _check_known(rows, names, places[split], "the model" if given is not None else "training")
+    if not names:
+        raise UsageError(f"{places[source]}: no row has a label.")
     numbers = _numbers(names)
-    if given is None and not many and len({row[0] for row in told[source]}) < 2:
-        raise UsageError(f"{places[source]}: every row has the label {told[source][0][0]!r}; two are needed to learn.")
+    if source == "train" and len({frozenset(numbers[name] for name in row) for row in told[source]}) < 2:
+        shown = f"the labels {told[source][0]}" if many else f"the label {told[source][0][0]!r}"
+        raise UsageError(f"{places[source]}: every row has {shown}; two are needed to learn.")
 
     def read(cell: Any) -> Any:
         own = [numbers[name] for name in _names(cell, class_names, many, "a row")]
@@ -76,7 +80,11 @@ def find_labels(
     return Labels(names=names, problem_type=kind, read=read, counts=counts)
 
 
-def _problem_type(cells: Sequence[Any], class_names: Sequence[str] | None, given: Sequence[str] | None) -> str:
+def problem_type_of(
+    cells: Sequence[Any], class_names: Sequence[str] | None = None, given: Sequence[str] | None = None
+) -> str:
+    """What the cells of a label column come to, where nobody says: fractions are a regression's. Arguments as in
+    `find_labels`."""
     if any(isinstance(cell, list) for cell in cells):
         return "multi_label_classification"
     if class_names is None and given is None:

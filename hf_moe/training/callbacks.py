@@ -1,4 +1,4 @@
-"""Early stopping, with what it needs checked; and logs on standard error."""
+"""Early stopping, with what it needs checked; and what is told on standard error."""
 
 import sys
 from dataclasses import replace
@@ -13,6 +13,7 @@ from hf_moe.errors import UsageError
 from hf_moe.evaluation import metrics_for
 from hf_moe.tasks import PreparedData
 
+from .freezing import in_words, what_trains
 from .settings import MethodSettings
 from .trainer import MoeTrainer
 
@@ -50,7 +51,8 @@ def early_stopping(settings: MethodSettings, args: Any) -> list[TrainerCallback]
 
 
 def check_metric(trainer: MoeTrainer, data: PreparedData) -> None:
-    """Looks for `metric_for_best_model` among what evaluation gives, by evaluating a few rows. (Not where the model is
+    """Looks for `metric_for_best_model` among what evaluation gives, by evaluating a few rows, and all before
+    it is refused. (Not where the model is
     sharded: what evaluates before training can't be sharded again.)
 
     Raises:
@@ -59,16 +61,25 @@ def check_metric(trainer: MoeTrainer, data: PreparedData) -> None:
     wanted = trainer.args.metric_for_best_model
     if wanted is None or data.validation is None or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
-    few, metrics = first_rows(data, PROBE), trainer.compute_metrics
-    trainer.compute_metrics = metrics_for(data.task, few)
+    names: list[str] = []
+    for rows in (first_rows(data, PROBE), data):  # some figures need rows that are not among the first
+        names = _figures_of(trainer, rows)
+        if f"eval_{wanted.removeprefix('eval_')}" in names:
+            return
+    speeds = ("_runtime", "_per_second", "_preparation_time")
+    told = sorted(name.removeprefix("eval_") for name in names if not name.endswith(speeds))
+    raise UsageError(f"metric_for_best_model is {wanted!r}, but evaluation gives {', '.join(told)}.")
+
+
+def _figures_of(trainer: MoeTrainer, data: PreparedData) -> list[str]:
+    rows: Any = data.split("validation")
+    if len(rows) == 0:
+        return []
+    metrics, trainer.compute_metrics = trainer.compute_metrics, metrics_for(data.task, data)
     try:
-        given = trainer.predict(few.split("validation"), metric_key_prefix="eval").metrics or {}
+        return list(trainer.predict(rows, metric_key_prefix="eval").metrics or {})
     finally:
         trainer.compute_metrics = metrics
-    if f"eval_{wanted.removeprefix('eval_')}" not in given:
-        speeds = ("_runtime", "_per_second", "_preparation_time")
-        names = sorted(name.removeprefix("eval_") for name in given if not name.endswith(speeds))
-        raise UsageError(f"metric_for_best_model is {wanted!r}, but evaluation gives {', '.join(names)}.")
 
 
 def first_rows(data: PreparedData, number: int) -> PreparedData:
@@ -106,14 +117,24 @@ class Bar(ProgressCallback):
             self.training_bar.write(line_of(state, logs), file=sys.stderr)
 
 
-LEFT_OUT = ("epoch", "total_flos", "active_flops", "tokens_seen")
+class WhatTrains(TrainerCallback):
+    """A line on standard error, before the first step."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if state.is_world_process_zero:
+            print(f"trains: {in_words(what_trains(model))}", file=sys.stderr)
+
+
+LEFT_OUT = ("epoch", "total_flos", "tokens_seen")
+LOAD = "load/"  # of a figure for each expert; the smallest and the largest are shown
 
 
 def line_of(state: Any, logs: dict[str, Any]) -> str:
-    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in logs.items()}
-    told = [name for name in shown if name not in LEFT_OUT and not name.startswith("load/")]
-    figures = " ".join(f"{name} {shown[name]}" for name in told)
-    return f"step {state.global_step}/{state.max_steps}: {figures}"
+    told = {name: value for name, value in logs.items() if name not in LEFT_OUT and not name.startswith(LOAD)}
+    if loads := [share for name, share in logs.items() if name.startswith(LOAD)]:
+        told |= {"load_min": min(loads), "load_max": max(loads)}
+    figures = (f"{name} {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in told.items())
+    return f"step {state.global_step}/{state.max_steps}: {' '.join(figures)}"
 
 
 def tell_on_stderr(trainer: MoeTrainer, *, quiet: bool) -> None:
@@ -121,4 +142,5 @@ def tell_on_stderr(trainer: MoeTrainer, *, quiet: bool) -> None:
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if not quiet:
+        trainer.add_callback(WhatTrains())
         trainer.add_callback(Bar() if sys.stderr.isatty() else Printer())

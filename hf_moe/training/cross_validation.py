@@ -38,7 +38,7 @@ REPORT_NAME = "cv.json"
 PLAN_NAME = "plan.json"
 SPLITS = ("train", "validation", "test")
 INNER = 10  # % of the training rows that choose the best checkpoint, where the recipe does not say
-OWN = ("validation_file", "test_file", "validation_split", "test_split", "group_column")
+UNUSED = ("validation_file", "test_file", "validation_split", "test_split")  # of a recipe for `train`
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,10 @@ def cross_validate(
     """Trains on all folds but one and measures on that one, `folds` times. An interrupted run goes on where it was.
 
     Args:
-        recipe: its training rows are split; its output becomes a folder with `cv.json` and `predictions.jsonl`.
-        group_column: rows with the same value are never on two sides. Rows of the same text never are.
+        recipe: its training rows are split, those for validation and test left aside; its output becomes a folder
+            with `cv.json` and `predictions.jsonl`.
+        group_column: rows with the same value are never on two sides; by default the recipe's. Rows of the same text
+            never are.
         keep_models: whether each fold's model stays in the folder.
         run: trains by a recipe, and leaves the model in its output.
 
@@ -71,6 +73,10 @@ def cross_validate(
         UsageError, SourceError, OutputError: in one line; nothing is trained where some fold can't be.
     """
     _check(recipe, folds)
+    group_column = group_column or recipe.data.group_column
+    recipe, notes = _training_rows_alone(recipe)
+    for note in notes:
+        progress(note)
     settings, output = dataclasses.replace(recipe.data, validation_split_percentage=0), recipe.output
     check_data(settings, ("train",))
     raw, identity = read_splits(settings, ("train",))
@@ -81,7 +87,7 @@ def cross_validate(
     held, splitter = split_rows(groups, labels, folds=folds, seed=settings.seed)
     parts = [_parts(recipe, groups, labels, out) for out in held]
     plan = {"folds": folds, "group_column": group_column, "data": identity, "recipe": recipe.to_yaml()}
-    on_main(lambda: _claim(output, plan, overwrite=overwrite))
+    new = on_main(lambda: _claim(output, plan, overwrite=overwrite))
     on_main(lambda: _write(output, rows, parts))
     recipes = [_recipe(recipe, output / f"fold-{number}", part) for number, part in enumerate(parts, 1)]
     try:
@@ -90,14 +96,16 @@ def cross_validate(
             _check_fold(one, output / f"fold-{number}")
     except HfMoeError:
         PartialState().wait_for_everyone()  # all of them read
-        on_main(lambda: shutil.rmtree(output))
+        if new:  # else there are folds that an interrupted run finished
+            on_main(lambda: _give_back(output))
         raise
+    on_main(lambda: shutil.rmtree(_aside(output), ignore_errors=True))
     done = []
     for number, one in enumerate(recipes, 1):
         progress(f"fold {number} of {folds}")
         done.append(_fold(one, output / f"fold-{number}", run, keep_models=keep_models))
     told = {"splitter": splitter, "group_column": group_column, "data": identity, "recipe": recipe.flat()}
-    report = _report(recipe, done, parts, groups, told)
+    report = _report(recipe, done, parts, groups, told, notes)
     on_main(lambda: _finish(output, report, parts, keep_models=keep_models))
     return CrossValidated(output, report)
 
@@ -105,17 +113,23 @@ def cross_validate(
 def _check(recipe: TrainRecipe, folds: int) -> None:
     if folds < 2:
         raise UsageError(f"--folds is {folds}; two or more are needed.")
-    given = next((name for name in OWN if getattr(recipe.data, name) is not None), None)
-    if given == "group_column":
-        raise UsageError("group_column is for one cut; give the folds' by --group-col.")
-    if given is not None:
-        raise UsageError(f"{given} is given, but the training rows alone are split; leave it out.")
     if recipe.data.streaming:
         raise UsageError("streaming: folds are made of rows that are all there; leave it out.")
     if recipe.method.resume_from_checkpoint not in (None, False):
         raise UsageError("resume_from_checkpoint: an interrupted cross-validation goes on by itself; leave it out.")
     if recipe.method.peft is not None:
         raise UsageError("peft: adapters alone can't be measured; leave it out.")
+
+
+def _training_rows_alone(recipe: TrainRecipe) -> tuple[TrainRecipe, list[str]]:
+    """A recipe made for `train`, without its other rows; and what there is to say of that."""
+    aside = [name for name in UNUSED if getattr(recipe.data, name) is not None]
+    if not aside:
+        return recipe, []
+    nothing: dict[str, Any] = dict.fromkeys(aside)
+    data = dataclasses.replace(recipe.data, **nothing)
+    note = f"Folds are made of the training rows alone, without the recipe's {' and '.join(aside)}."
+    return dataclasses.replace(recipe, data=data), [note]
 
 
 def _parts(
@@ -133,18 +147,31 @@ def _parts(
     return {"train": np.delete(rest, inner[0]), "validation": rest[inner[0]], "test": held}
 
 
-def _claim(output: Path, plan: dict[str, Any], *, overwrite: bool) -> None:
-    """The folder, new, or as an interrupted run of the same plan left it."""
+def _claim(output: Path, plan: dict[str, Any], *, overwrite: bool) -> bool:
+    """The folder, new, or as an interrupted run of the same plan left it; whether it is new. What it replaces is put
+    aside, until it is known that the folds can be trained."""
     file = output / PLAN_NAME
     if not overwrite and file.is_file() and not (output / REPORT_NAME).is_file():
         if json.loads(file.read_text(encoding="utf-8")) != json.loads(json.dumps(plan)):
             raise UsageError(f"{output}: is an interrupted run of another recipe or data; --overwrite starts anew.")
-        return
+        return False
     check_output(output, [], 0, overwrite, PLAN_NAME)
     if output.exists():
-        shutil.rmtree(output)
+        shutil.rmtree(_aside(output), ignore_errors=True)
+        output.rename(_aside(output))
     output.mkdir(parents=True)
     file.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+    return True
+
+
+def _aside(output: Path) -> Path:
+    return output.with_name(f".{output.name}.replaced")
+
+
+def _give_back(output: Path) -> None:
+    shutil.rmtree(output)
+    if _aside(output).exists():
+        _aside(output).rename(output)
 
 
 def _write(output: Path, rows: Any, parts: list[dict[str, np.ndarray]]) -> None:
@@ -175,7 +202,8 @@ def _recipe(recipe: TrainRecipe, folder: Path, part: dict[str, np.ndarray]) -> T
 
 
 def _tested(recipe: TrainRecipe, folder: Path) -> DataSettings:
-    return dataclasses.replace(recipe.data, test_file=str(folder / "test.parquet"))
+    """All rows held out, however few an evaluation while training may take."""
+    return dataclasses.replace(recipe.data, test_file=str(folder / "test.parquet"), max_eval_samples=None)
 
 
 def _check_fold(recipe: TrainRecipe, folder: Path) -> None:
@@ -216,6 +244,7 @@ def _report(
     parts: list[dict[str, np.ndarray]],
     groups: list[str],
     told: dict[str, Any],
+    notes: list[str],
 ) -> dict[str, Any]:
     figures = [found["models"][0]["metrics"] for found in done]
     folds = []
@@ -236,6 +265,7 @@ def _report(
             "folds": folds,
             **told,
             "notes": [
+                *notes,
                 "sd is over the folds, whose models share training rows: it is no standard error of the mean.",
                 *done[0]["notes"],
             ],

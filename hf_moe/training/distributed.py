@@ -14,25 +14,17 @@ LEAF_CLASSES = "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES"
 
 
 def distributed_config(config: PretrainedConfig, **sizes: Any) -> DistributedConfig:
-    """`DistributedConfig(**sizes)`, for the `from_pretrained` of a mixture, once it is known to fit.
+    """`DistributedConfig(**sizes)`, for the `from_pretrained` of a mixture, once it is known to fit: before processes
+    wait for each other.
 
     Args:
         config: the mixture's, ours or one of Transformers' own.
         sizes: `fsdp_size`, `ep_size`, `tp_size` and what else `DistributedConfig` takes.
 
     Raises:
-        UsageError: where it does not fit the mixture, or the number of processes.
+        UsageError: where it does not fit the mixture, or the number of processes; in one line.
     """
-    try:
-        wanted = DistributedConfig(**sizes)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"distributed: {' '.join(str(error).split())}") from error
-    check_distributed(config, wanted)
-    return wanted
-
-
-def check_distributed(config: PretrainedConfig, wanted: DistributedConfig) -> None:
-    """Raises UsageError, in one line and before any process waits for another, where `wanted` can't be had."""
+    wanted = planned_shares(config, **sizes)
     started = int(os.environ.get("WORLD_SIZE", 1))
     needed = wanted.pp_size * wanted.dp_size * wanted.tp_size  # type: ignore[operator]
     if needed != started:
@@ -40,9 +32,18 @@ def check_distributed(config: PretrainedConfig, wanted: DistributedConfig) -> No
             f"distributed: pp_size {wanted.pp_size} · data parallel size {wanted.dp_size} · tp_size {wanted.tp_size} "
             f"make {needed} processes, but {started} were started; use `torchrun --nproc-per-node {needed}`."
         )
+    return wanted
+
+
+def planned_shares(config: PretrainedConfig, **sizes: Any) -> DistributedConfig:
+    """As `distributed_config`, whatever processes there are now."""
+    try:
+        wanted = DistributedConfig(**sizes)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"distributed: {' '.join(str(error).split())}") from error
     ep_size: Any = wanted.ep_size
     if ep_size == 1:
-        return
+        return wanted
     experts = getattr(config, "num_experts", None)
     if experts is None:
         raise UsageError(f"ep_size is {ep_size}, but a {config.model_type} has no experts to share out.")
@@ -50,11 +51,12 @@ def check_distributed(config: PretrainedConfig, wanted: DistributedConfig) -> No
         raise UsageError(f"ep_size is {ep_size}, but a {config.model_type} has no plan of how experts are shared out.")
     if experts % ep_size:
         what = "are more processes than" if ep_size > experts else "does not divide"
-        sizes = [size for size in range(1, experts + 1) if experts % size == 0]
+        fitting = [size for size in range(1, experts + 1) if experts % size == 0]
         raise UsageError(
             f"ep_size {ep_size} {what} the {experts} experts of a layer, which each live on one process; "
-            f"{', '.join(map(str, sizes))} would do."
+            f"{', '.join(map(str, fitting))} would do."
         )
+    return wanted
 
 
 def leaf_classes(model: nn.Module) -> list[str]:

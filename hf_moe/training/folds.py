@@ -10,6 +10,7 @@ import numpy as np
 from hf_moe.errors import UsageError
 from hf_moe.tasks import DataSettings, find_task
 from hf_moe.tasks.columns import find_columns
+from hf_moe.tasks.labels import problem_type_of
 from hf_moe.tasks.read import group_values, where
 
 # By what rows belong together: the texts of these roles, all of a task's, or the first that it has.
@@ -67,10 +68,11 @@ def _digests(rows: Any, columns: list[str]) -> list[str]:
 
 def labels_of(rows: Any, settings: DataSettings) -> list[str] | None:
     """One label a row, where the task has that."""
-    if settings.task != "text-classification" or settings.problem_type not in (None, "single_label_classification"):
+    if settings.task != "text-classification":
         return None
     cells = list(rows[columns_of(rows, settings)["label"]])
-    return None if any(isinstance(cell, list | float) for cell in cells) else [str(cell) for cell in cells]
+    kind = settings.problem_type or problem_type_of(cells)
+    return [str(cell) for cell in cells] if kind == "single_label_classification" else None
 
 
 def check_labels(labels: list[str], folds: int, place: str) -> None:

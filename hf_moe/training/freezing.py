@@ -115,6 +115,18 @@ def _warn_of_experts(names: list[str], frozen: set[str]) -> None:
         logger.warning("All experts stay frozen: the patterns of `freeze` match every one of them.")
 
 
+def warn_of_router_rate(model: nn.Module, rate: float | None, callbacks: Iterable[TrainerCallback]) -> None:
+    """Says that a `router_learning_rate` changes nothing, where the routers stay frozen. (A dense control has none.)
+
+    Args:
+        callbacks: what `freeze` returned; layers that wait do train.
+    """
+    routers = [parameter for name, parameter in model.named_parameters() if kind_of(name) == "router"]
+    waiting = any(isinstance(callback, GradualUnfreezing) for callback in callbacks)
+    if rate is not None and routers and not waiting and not any(router.requires_grad for router in routers):
+        logger.warning("router_learning_rate changes nothing: by `freeze` or `peft` all routers stay frozen.")
+
+
 def layer_of(name: str) -> int | None:
     """The layer that a module or parameter is of: the first number in its name."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
@@ -162,12 +174,13 @@ def what_trains(model: nn.Module) -> dict[str, Any]:
     kinds: dict[str, list[int]] = {}
     tensors = parameters = total = 0
     for name, parameter in model.named_parameters():
-        total += parameter.numel()
+        size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves none of them here
+        total += size
         row = kinds.setdefault(kind_of(name), [0, 0])
-        row[1] += parameter.numel()
+        row[1] += size
         if parameter.requires_grad:
-            tensors, parameters = tensors + 1, parameters + parameter.numel()
-            row[0] += parameter.numel()
+            tensors, parameters = tensors + 1, parameters + size
+            row[0] += size
     return {
         "tensors": tensors,
         "parameters": parameters,
@@ -175,3 +188,12 @@ def what_trains(model: nn.Module) -> dict[str, Any]:
         "share": parameters / total,
         "by_kind": {kind: {"parameters": row[0], "of": row[1]} for kind, row in kinds.items()},
     }
+
+
+def in_words(trains: dict[str, Any]) -> str:
+    """What `what_trains` gives, in a line."""
+    kinds = ", ".join(f"{kind} {row['parameters']:,} of {row['of']:,}" for kind, row in trains["by_kind"].items())
+    return (
+        f"{trains['tensors']} tensors, {trains['parameters']:,} of {trains['of']:,} parameters "
+        f"({trains['share']:.1%}): {kinds}"
+    )

@@ -1,9 +1,11 @@
 """Presets for PEFT, which has no default targets for new architectures and does not find fused experts by itself."""
 
+import difflib
 import logging
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,17 +15,68 @@ from hf_moe.errors import UsageError
 from hf_moe.modeling.moe_low_rank import LowRankExperts
 from hf_moe.routing.hooks import ROUTERS, experts_of
 
+from .freezing import layer_of
+from .recipe import fit
+
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 logger = logging.getLogger(__name__)
 
 PARTS = ("attention", "experts", "router")
+PRESET = "attention+experts"
+
+# What a mapping may hold beside LoraConfig's own arguments, and these where its hints say too little or too much.
+HINTS: dict[str, Any] = {
+    "preset": str,
+    "r": int,
+    "lora_alpha": float | int | None,
+    "lora_dropout": float | int,
+    "train_head": bool,
+    "init_lora_weights": bool | str,
+}
+LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (lambda value: value >= 1, "at least 1"),
+    "lora_alpha": (lambda value: value is None or value > 0, "above 0"),
+    "lora_dropout": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+}
+OTHER_NAMES = {"rank": "r", "lora_r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+
+
+def adapter_options(settings: str | dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `peft_config` that a recipe's `peft` comes to, a preset or a mapping.
+
+    Raises:
+        UsageError: for a key, a value or a preset that can't be meant, or where PEFT is not installed.
+    """
+    given = {"preset": settings} if isinstance(settings, str) else {"preset": PRESET, **settings}
+    hints = get_type_hints(_peft().LoraConfig) | HINTS
+    for name in given:
+        if name not in hints:
+            raise UsageError(f"peft: unknown key {name!r}; {_suggestion(str(name), hints)}")
+    made = {name: fit(name, value, hints[name], "peft") for name, value in given.items()}
+    for name, (holds, words) in LIMITS.items():
+        if name in made and not holds(made[name]):
+            raise UsageError(f"peft: {name} is {made[name]}; it must be {words}.")
+    preset = made["preset"]
+    parts = preset.split("+")
+    if not set(parts) <= set(PARTS):
+        raise UsageError(f"peft {preset!r}: join any of {', '.join(PARTS)} by '+', such as {PRESET!r}.")
+    if made.get("lora_dropout") and parts != ["attention"]:
+        raise UsageError(f"peft {preset!r}: PEFT has no lora_dropout for experts and routers, only for attention.")
+    return made
+
+
+def _suggestion(name: str, hints: dict[str, Any]) -> str:
+    close = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, hints, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"choose from {', '.join(HINTS)} and what else LoraConfig takes."
 
 
 def peft_config(
     model: PreTrainedModel,
-    preset: str = "attention+experts",
+    preset: str = PRESET,
     *,
     r: int = 8,
     lora_alpha: float | None = None,
@@ -49,17 +102,14 @@ def peft_config(
         options: further arguments of `LoraConfig`.
 
     Raises:
-        UsageError: for an unknown preset, where PEFT is not installed, or where what it names is not there.
+        UsageError: as in `adapter_options`, or where what the preset names is not there.
     """
-    lora_config = _peft().LoraConfig
-    parts = preset.split("+")
-    if not set(parts) <= set(PARTS):
-        raise UsageError(f"peft {preset!r}: join any of {', '.join(PARTS)} by '+', such as 'attention+experts'.")
-    if lora_dropout and parts != ["attention"]:
-        raise UsageError(f"peft {preset!r}: PEFT has no lora_dropout for experts and routers, only for attention.")
+    named = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "train_head": train_head}
+    given = adapter_options({"preset": preset, **named, **options})
+    parts = given.pop("preset").split("+")
     modules: set[str] = set()
     parameters: set[str] = set()
-    heads = _heads(model) if train_head else []
+    heads = sorted({*_heads(model), *_new(model)}) if given.pop("train_head") else []
     if "attention" in parts:
         modules |= set(_attention(model))
     if "experts" in parts:
@@ -71,25 +121,31 @@ def peft_config(
         conv1ds = {name for name in modules if _is_conv1d(model, name)}
         parameters |= {f"{name}.weight" for name in conv1ds}
         modules -= conv1ds
+    if given["lora_alpha"] is None:
+        given["lora_alpha"] = 2 * given["r"]
     values: dict[str, Any] = {
-        "r": r,
-        "lora_alpha": 2 * r if lora_alpha is None else lora_alpha,
-        "lora_dropout": lora_dropout,
         "target_modules": sorted(modules),
         "target_parameters": sorted(parameters) or None,
         "modules_to_save": heads or None,
         "fan_in_fan_out": any(_is_conv1d(model, name) for name in modules),
     }
-    return lora_config(**{**values, **options})
+    with _in_a_line():
+        return _peft().LoraConfig(**{**values, **given})
 
 
-def add_adapter(
-    model: PreTrainedModel, config: "str | LoraConfig" = "attention+experts", **options: Any
-) -> "PeftModel":
+def add_adapter(model: PreTrainedModel, config: "str | LoraConfig" = PRESET, **options: Any) -> "PeftModel":
     """`get_peft_model` with a preset of `peft_config` (and its `options`), or with a configuration of your own; warns
-    where no expert is trained."""
-    get_peft_model = _peft().get_peft_model
-    adapted = get_peft_model(model, peft_config(model, config, **options) if isinstance(config, str) else config)
+    where no expert is trained.
+
+    Raises:
+        UsageError: as in `peft_config`, or where PEFT can't add it to `model`.
+    """
+    peft: Any = _peft()
+    wanted: Any = config
+    if not isinstance(wanted, peft.PeftConfig):
+        wanted = peft_config(model, wanted, **options)
+    with _in_a_line():
+        adapted = peft.get_peft_model(model, wanted)
     if frozen := frozen_experts(adapted):
         logger.warning(frozen)
     return adapted
@@ -119,6 +175,15 @@ def _peft() -> Any:
     except ImportError as error:
         raise UsageError("peft is not installed; `pip install 'hf_moe[train]'` brings it.") from error
     return peft
+
+
+@contextmanager
+def _in_a_line() -> Iterator[None]:
+    """What PEFT refuses."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UsageError(f"peft: {' '.join(str(error).split())}") from error
 
 
 def _in_layer(name: str) -> str:
@@ -166,6 +231,13 @@ def _heads(model: PreTrainedModel) -> list[str]:
     return [
         name for name, child in children if child is not model.base_model and any(True for _ in child.parameters())
     ]
+
+
+def _new(model: PreTrainedModel) -> set[str]:
+    """Modules outside layers that the checkpoint had no weights for, such as a pooler: else they would stay as drawn,
+    and be drawn anew with every loading."""
+    new = getattr(model, "new_weights", [])
+    return {name.rpartition(".")[0] for name in new if layer_of(name) is None} - {""}
 
 
 def _is_conv1d(model: nn.Module, in_layer: str) -> bool:

@@ -1,5 +1,6 @@
 """A training run: load, check, train, evaluate, save."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -24,7 +25,8 @@ from hf_moe.recipe import UpcycleRecipe
 from hf_moe.tasks import PreparedData, load_config, load_tokenizer, prepare_data
 
 from .callbacks import check_metric, early_stopping, tell_on_stderr
-from .freezing import GradualUnfreezing, freeze, what_trains
+from .distributed import planned_shares
+from .freezing import GradualUnfreezing, freeze, warn_of_router_rate, what_trains
 from .model import kept_labels, model_for
 from .output import check_free, files_of, run_folder
 from .processes import on_main
@@ -142,6 +144,10 @@ def _check(recipe: TrainRecipe, args: TrainingArguments) -> None:
         raise UsageError(f"train_sampling_strategy: a row of {task} holds several texts, and has no one length.")
     if method.peft is not None and method.freeze != "none":
         raise UsageError("freeze and peft are both given; adapters freeze the rest by themselves, so leave one out.")
+    if method.peft is not None:
+        from .peft import adapter_options
+
+        adapter_options(method.peft)
     if method.peft is not None and recipe.model.upcycle is not None:
         raise UsageError("upcycle and peft are both given; adapters need a mixture that stays: hf-moe upcycle first.")
     if method.router_learning_rate is not None and method.router_learning_rate < 0:
@@ -178,13 +184,13 @@ def load(recipe: TrainRecipe, path: str) -> Loaded:
     new = list(model.new_weights)
     callbacks: list[TrainerCallback] = []
     if recipe.method.peft is not None:
-        from .peft import add_adapter
+        from .peft import adapter_options, add_adapter
 
-        wanted = recipe.method.peft
-        options = {"preset": wanted} if isinstance(wanted, str) else dict(wanted)
-        model = add_adapter(model, options.pop("preset", "attention+experts"), **options)
+        options = adapter_options(recipe.method.peft)
+        model = add_adapter(model, options.pop("preset"), **options)
     else:
         callbacks = freeze(model, recipe.method.freeze, new=new)
+    warn_of_router_rate(model, recipe.method.router_learning_rate, callbacks)
     return Loaded(
         tokenizer=tokenizer,
         data=data,
@@ -209,7 +215,10 @@ def describe(recipe: TrainRecipe, *, overwrite: bool = False) -> dict[str, Any]:
         plan = plan_upcycle(open_checkpoint(recipe.model.model_name_or_path, recipe.model.revision), _upcycle(recipe))
         plan.check()
         return told | {"upcycle": describe_plan(plan)}
-    loaded = load(recipe, recipe.model.model_name_or_path)
+    whole = dataclasses.replace(recipe.model, distributed=None)  # the other processes are not needed now
+    loaded = load(dataclasses.replace(recipe, model=whole), recipe.model.model_name_or_path)
+    if recipe.model.distributed is not None:
+        planned_shares(loaded.model.config, **recipe.model.distributed)
     return told | {"trains": loaded.trains, "data": loaded.data.report}
 
 

@@ -1,5 +1,6 @@
 """Routing as Trainer logs it: the figures of the tokens trained on, however the step is split; and the alarm."""
 
+import json
 import logging
 
 import pytest
@@ -134,7 +135,7 @@ def test_collapse_is_told_once_with_the_layer_and_what_to_try(tmp_path, warnings
     logged = train(tmp_path, collapsed(tiny_moe("llama")), RoutingMonitor(), max_steps=6)
     assert logged[0]["routing/entropy"] == 0
     assert logged[0]["routing/dead_experts"] == 4
-    [said] = warnings
+    [said] = [line for line in warnings if "collapsed" in line]
     assert "collapsed in layer 0: 2 of 4 experts are dead" in said
     assert "router_aux_loss_coef" in said
 
@@ -148,6 +149,72 @@ def test_a_short_collapse_is_no_alarm(steps, window, tmp_path, warnings):
 def test_balanced_routing_is_no_alarm(tmp_path, warnings):
     train(tmp_path, tiny_moe("llama"), RoutingMonitor(collapsed_entropy=0.3), max_steps=5)
     assert warnings == []
+
+
+class Planted(TrainerCallback):
+    """Makes the routers of `layers` send each token to two of the experts that live, in turn; expert 2 does so in the
+    steps of `alive` alone."""
+
+    def __init__(self, model, layers=(0,), alive=()):
+        self.alive = alive
+        self.on_step_end(None, type("State", (), {"global_step": 0}), None)
+        for layer in layers:
+            model.model.layers[layer].mlp.gate.forward = self.route
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.living = [0, 1, 3, *([2] if state.global_step + 1 in self.alive else [])]
+
+    def route(self, x_TD):
+        turn_T, living = torch.arange(len(x_TD)), torch.tensor(self.living)
+        index_TK = living[torch.stack([turn_T, turn_T + 1], dim=1) % len(living)]
+        return torch.zeros(len(x_TD), 4), torch.full((len(x_TD), 2), 0.5), index_TK
+
+
+def plant(tmp_path, *, steps, data=None, **planted):
+    model = tiny_moe("llama")
+    monitor = RoutingMonitor()
+    train(tmp_path, model, monitor, data, callbacks=[Planted(model, **planted)], max_steps=steps)
+    return monitor
+
+
+def test_a_dead_expert_is_named_once(tmp_path, warnings):
+    plant(tmp_path, steps=8)
+    [said] = warnings
+    assert "For 3 logs or more no token has gone to expert 2 in layer 0." in said
+    assert "router_aux_loss_coef" in said
+    assert "\n" not in said
+
+
+def test_dead_experts_of_several_layers_are_one_warning(tmp_path, warnings):
+    plant(tmp_path, steps=4, layers=(0, 2))
+    [said] = warnings
+    assert "to expert 2 in layer 0, expert 2 in layer 2." in said
+
+
+def test_an_expert_that_revives_is_named_when_it_dies_again(tmp_path, warnings):
+    plant(tmp_path, steps=9, alive=(4, 5))
+    assert len(warnings) == 2
+    warnings.clear()
+    plant(tmp_path, steps=9, alive=(3, 6, 9))
+    assert warnings == []
+
+
+def test_few_tokens_leave_an_expert_empty_by_chance(tmp_path, warnings):
+    monitor = plant(tmp_path, steps=9, data=rows(1, 8), layers=(0, 2))
+    assert monitor.loads[0][2] == 0
+    assert warnings == []
+
+
+def test_a_resumed_run_goes_on_counting_the_logs_of_an_empty_expert(tmp_path, warnings):
+    state = plant(tmp_path, steps=2).state_dict()
+
+    class Resumed(TrainerCallback):
+        def on_step_begin(self, args, state_, control, **kwargs):
+            monitor.load_state_dict(json.loads(json.dumps(state)), torch.device("cpu"))
+
+    model, monitor = tiny_moe("llama"), RoutingMonitor()
+    train(tmp_path, model, monitor, callbacks=[Planted(model), Resumed()])
+    assert len(warnings) == 1
 
 
 def _one_of_two(rank, folder, port):

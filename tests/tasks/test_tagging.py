@@ -60,6 +60,28 @@ def test_what_is_cut_off_is_counted(files, prepare):
     assert (report["truncated"], report["words"], report["words_lost"]) == (1, 20, 10)
 
 
+def test_rows_without_words_are_left_out_and_counted(files, prepare):
+    empty = {"tokens": [], "ner_tags": []}
+    none, odd = [empty, ROWS[0]], [{"tokens": ["\u0000"], "ner_tags": ["O"]}]
+    files(train_jsonl=[ROWS[0], empty, ROWS[1]], none_jsonl=none, odd_jsonl=odd)
+    made, _ = prepare("token-classification", train_file="train.jsonl", validation_file="train.jsonl")
+    for split in ("train", "validation"):
+        counted = made.report["splits"][split]
+        assert [counted[name] for name in ("rows", "nothing_to_predict", "examples")] == [3, 1, 2]
+        assert made.details[split]["example"][:] == [0, 2]
+        assert "example" not in made.split(split).column_names
+    for name, words in (("none.jsonl", "holds no words"), ("odd.jsonl", "nothing in its rows can be predicted")):
+        with pytest.raises(UsageError, match=f"{name}: {words}"):
+            prepare("token-classification", train_file="train.jsonl", validation_file=name, max_eval_samples=1)
+
+
+def test_words_of_one_tag_are_measured(files, prepare):
+    files(test_conll="the O\ncat O\n")
+    for labels in (None, ["B-PET", "I-PET", "O"]):
+        made, _ = prepare("token-classification", test_file="test.conll", labels=labels)
+        assert "O" in made.labels
+
+
 def test_a_dataset_s_own_names_of_tags(tmp_path, prepare):
     features = Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=["O", "B-PET", "I-PET"]))})
     (tmp_path / "set").mkdir()
@@ -130,6 +152,8 @@ def test_conll_as_it_is_found(tmp_path):
     file = tmp_path / "a.conll"
     file.write_text("-DOCSTART- -X- -X- O\r\n\r\nthe DT B-NP O\r\ncat NN I-NP B-PET\r\n\r\n\r\n# DT O O\r\n")
     assert read_conll(file) == [[("the", "O"), ("cat", "B-PET")], [("#", "O")]]
+    file.write_text("the O\n-DOCSTART- -X-\ncat O\n")
+    assert read_conll(file) == [[("the", "O")], [("cat", "O")]]
     file.write_text("# sent_id = 1\nNew York\tB-LOC\n#\tO\n")
     assert read_conll(file) == [[("New York", "B-LOC"), ("#", "O")]]
 
@@ -158,6 +182,14 @@ REFUSED = {
     "an empty file": ({"a_conll": "\n"}, {}, r"a\.conll: holds no rows"),
     "no scheme": ({"a_conll": "the O\ncat X-PET\nsat B-PET\n"}, {}, "tag 'X-PET' is neither O nor of the form"),
     "one tag": ({"a_conll": "the O\ncat O\n"}, {}, "every word has the tag 'O'"),
+    "one tag of a model's": (
+        {"a_conll": "the O\ncat O\n"}, {"labels": ["B-PET", "I-PET", "O"]}, "every word has the tag 'O'; two are need",
+    ),
+    "a word that is none": (
+        {"a_jsonl": [ROWS[0], {"tokens": ["a", None], "ner_tags": ["O", "O"]}]},
+        {},
+        "row 2: column 'tokens' lacks word 2",
+    ),
     "more words than tags": (
         {"a_jsonl": [{"tokens": ["a", "b"], "tags": ["O"]}]}, {}, "row 1 has 2 words, but 1 tags",
     ),

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import hf_moe
 from hf_moe.recipes import files as packaged
 from hf_moe.training import TrainRecipe, train
-from tests.training.runs import keys_for, write_recipe, write_rows
+from tests.training.runs import keys_for, recipe_for, write_recipe, write_rows
 
 TASKS = {
     "masked-lm": "bert",
@@ -174,6 +174,7 @@ def test_dry_run_tells_and_writes_nothing(mixture, hf_moe_command, tmp_path):
             "a multi_label_classification has no labels to smooth",
         ),
         ("sentence-embedding", "bert", {"train_sampling_strategy": "group_by_length"}, "has no one length"),
+        ("causal-lm", "gpt2", {"peft": {"rank": 4}}, "did you mean 'r'?"),
         ("causal-lm", "gpt2", {"report_to": "wand"}, "recipe: "),
         ("causal-lm", "gpt2", {"upcycle": {"num_expert": 2}}, "did you mean 'num_experts'?"),
         ("causal-lm", "gpt2", {"train_file": None, "validation_file": None}, "There is no data"),
@@ -285,6 +286,20 @@ def test_tensorboard_has_the_figures_of_the_mixture(mixture, hf_moe_command, tmp
     assert "load/" not in err
 
 
+def test_a_dry_run_needs_no_other_processes(mixture, hf_moe_command, tmp_path):
+    keys = keys_for("causal-lm", mixture("llama"), tmp_path, distributed={"fsdp_size": 2, "ep_size": 2})
+    recipe = write_recipe(tmp_path / "recipe.yaml", keys | {"save_strategy": "no"})
+    code, out, err = hf_moe_command("train", recipe, "--dry-run", "--json")
+    assert code == 0, err
+    assert json.loads(out)["trains"]["share"] == 1
+    code, _, err = hf_moe_command(
+        "train", recipe, "--dry-run", "--distributed.ep_size", "3", "--distributed.fsdp_size", 3
+    )
+    assert (code, "does not divide" in err) == (2, True), err
+    code, _, err = hf_moe_command("train", recipe)
+    assert (code, "make 2 processes, but 1 were started" in err) == (2, True), err
+
+
 def test_router_settings_reach_the_routers(mixture, hf_moe_command, tmp_path):
     said = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.25, "dropout": 0.2, "router_jitter_noise": 0.1}
     keys = keys_for("causal-lm", mixture("gpt2"), tmp_path, config_overrides={"layer_norm_epsilon": 1e-4}, **said)
@@ -329,6 +344,31 @@ def test_a_new_head_is_drawn_by_the_seed(mixture, tmp_path):
     torch.rand(3)
     assert run("again", 1) == first
     assert run("other", 2) != first
+
+
+def test_what_is_new_in_the_body_trains_beside_an_adapter(mixture, tmp_path):
+    """A masked language model has no pooler, which a classifier needs."""
+    from peft import PeftModel
+
+    made = train(recipe_for("text-classification", mixture("bert"), tmp_path, peft="attention"), quiet=True)
+    assert any("pooler" in name for name in made.report["trains"]["new"])
+    ids, logits = torch.arange(5, 15)[None], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        base = hf_moe.BertMoeForSequenceClassification.from_pretrained(mixture("bert"))
+        with torch.no_grad():
+            logits.append(PeftModel.from_pretrained(base, made.path).eval()(input_ids=ids).logits)
+    assert torch.equal(*logits)
+
+
+def test_a_metric_that_few_rows_have_is_found(mixture, tmp_path):
+    keys = {"eval_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "f1_unanswerable"}
+    recipe = recipe_for("question-answering", mixture("bert"), tmp_path, max_steps=1, **keys)
+    row = {"question": "who", "context": "the dog sat", "answers": {"text": ["the"], "answer_start": [0]}}
+    last = row | {"answers": {"text": [], "answer_start": []}}
+    rows = [row] * 9 + [last]
+    (tmp_path / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "eval_f1_unanswerable" in train(recipe, quiet=True).metrics
 
 
 def test_adapters_train_and_are_saved(mixture, hf_moe_command, tmp_path):

@@ -9,7 +9,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_moe.errors import UsageError
+from hf_moe.errors import SourceError, UsageError
 from hf_moe.tasks import DataSettings
 from hf_moe.training import TrainRecipe, train
 from hf_moe.training.cross_validation import cross_validate
@@ -140,6 +140,28 @@ def test_no_cut_tears_what_belongs_together(pairs, folds, seed):
     assert all(not one & other for i, one in enumerate(sides) for other in sides[:i])
 
 
+def test_a_recipe_made_for_train_will_do(keys, run, tmp_path):
+    """Its rows for validation and test are said to stay aside, and its groups stay together."""
+    (tmp_path / "others.jsonl").write_text('{"text": "not one of the rows", "label": "a"}\n')
+    others = dict.fromkeys(["validation_file", "test_file"], str(tmp_path / "others.jsonl"))
+    recipe = write_recipe(tmp_path / "recipe.yaml", keys() | others | {"group_column": "author"})
+    code, out, err = run(recipe, "--folds", "2")
+    assert code == 0, err
+    note = "Folds are made of the training rows alone, without the recipe's validation_file and test_file."
+    assert note in " ".join(err.split())
+    assert f"- {note}" in out
+    report = json.loads((tmp_path / "out" / "cv.json").read_text())
+    assert report["notes"][0] == note
+    assert list(report["data"]["files"]) == ["rows.jsonl"]
+    assert [sum(fold["rows"].values()) for fold in report["folds"]] == [24, 24]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    folds = {}
+    for line in lines:
+        folds.setdefault(rows()[line["row"]]["author"], set()).add(line["fold"])
+    assert sorted(line["row"] for line in lines) == list(range(24))
+    assert all(len(held) == 1 for held in folds.values())
+
+
 def test_an_interrupted_run_goes_on(keys, tmp_path):
     recipe, seen = TrainRecipe.from_dict(keys()), []
 
@@ -158,6 +180,39 @@ def test_an_interrupted_run_goes_on(keys, tmp_path):
     whole = made.report
     shutil.rmtree(tmp_path / "out")
     assert cross_validate(recipe, folds=3, run=partial(recorded, seen=[])).report == whole
+
+
+def test_what_was_done_stays_where_the_model_is_missing(keys, mixture, tmp_path):
+    model, away = shutil.copytree(mixture("bert"), tmp_path / "model"), tmp_path / "away"
+    recipe, seen = TrainRecipe.from_dict(keys(model_name_or_path=str(model))), []
+
+    def dies(one):
+        if seen:
+            raise KeyboardInterrupt
+        return recorded(one, seen)
+
+    with pytest.raises(KeyboardInterrupt):
+        cross_validate(recipe, folds=2, run=dies)
+    model.rename(away)
+    with pytest.raises(SourceError):
+        cross_validate(recipe, folds=2)
+    away.rename(model)
+    again = []
+    cross_validate(recipe, folds=2, run=partial(recorded, seen=again))
+    assert len(again) == 1
+    model.rename(away)
+    with pytest.raises(SourceError):
+        cross_validate(recipe, folds=2, overwrite=True)
+    assert (tmp_path / "out" / "cv.json").is_file()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_numbers_written_as_text_are_a_regression_and_all_rows_are_measured(keys, tmp_path):
+    held = [row | {"label": f"{number / 50}"} for number, row in enumerate(rows())]
+    recipe = TrainRecipe.from_dict(keys(held, max_eval_samples=2))
+    report = cross_validate(recipe, folds=3, run=partial(recorded, seen=[])).report
+    assert "mse" in report["summary"]
+    assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == len(held)
 
 
 def test_models_stay_if_one_says_so(keys, run, tmp_path):
@@ -179,11 +234,6 @@ REFUSED = {
     "too many folds": ({}, ["--folds", "13"], "the label 'a' has 12 rows, fewer than the 13 folds"),
     "too few groups": ({}, ["--folds", "7", "--group-col", "author"], "There are 6 groups (or different texts) for 7"),
     "no such column": ({}, ["--group-col", "writer"], "has no column 'writer'"),
-    "splits of its own": (
-        {"test_file": "rows.jsonl"},
-        [],
-        "test_file is given, but the training rows alone are split",
-    ),
     "to resume": ({"resume_from_checkpoint": True}, [], "goes on by itself"),
 }
 

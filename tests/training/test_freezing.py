@@ -8,7 +8,8 @@ import torch
 import hf_moe
 from hf_moe.errors import UsageError
 from hf_moe.training import freeze, what_trains
-from hf_moe.training.freezing import PRESETS, kind_of
+from hf_moe.training.freezing import PRESETS, kind_of, warn_of_router_rate
+from hf_moe.training.peft import add_adapter
 from tests.conftest import TEXT_FAMILIES, tiny_moe
 from tests.families import TESTED
 
@@ -65,6 +66,38 @@ def test_patterns_freeze_what_they_are_found_in(caplog):
     with caplog.at_level(logging.WARNING):
         freeze(model, [r"mlp"])
     assert "All experts stay frozen" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("none", False),
+        ("router_only", False),
+        ("gradual:2", False),  # they train in time
+        ("experts_only", True),
+        ("backbone", True),
+        ([r"gate"], True),
+    ],
+)
+def test_a_rate_for_routers_that_stay_frozen_is_told_of(how, told, caplog):
+    model = tiny_moe("bert", "BertMoeForSequenceClassification")
+    callbacks = freeze(model, how)
+    warn_of_router_rate(model, None, callbacks)
+    assert not caplog.records
+    warn_of_router_rate(model, 1e-3, callbacks)
+    assert [record.message for record in caplog.records] == [
+        "router_learning_rate changes nothing: by `freeze` or `peft` all routers stay frozen."
+    ] * told
+
+
+def test_a_rate_for_routers_goes_with_adapters_of_routers(caplog, dense_folder):
+    from transformers import BertForMaskedLM
+
+    warn_of_router_rate(add_adapter(tiny_moe("bert"), "experts+router"), 1e-3, [])
+    warn_of_router_rate(BertForMaskedLM.from_pretrained(dense_folder("bert")), 1e-3, [])  # the control has none
+    assert not caplog.records
+    warn_of_router_rate(add_adapter(tiny_moe("bert"), "experts"), 1e-3, [])
+    assert "all routers stay frozen" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -128,6 +161,15 @@ def test_what_trains_adds_up():
     )
     assert told["by_kind"]["router"] == {"parameters": 0, "of": 2 * 4 * 32}
     assert told["share"] == pytest.approx(told["parameters"] / told["of"])
+
+
+def test_what_zero_3_holds_elsewhere_is_counted():
+    model = tiny_moe("gpt2")
+    whole = what_trains(model)
+    for parameter in model.parameters():
+        parameter.ds_numel = parameter.numel()
+        parameter.data = torch.empty(0)
+    assert what_trains(model) == whole
 
 
 def test_frozen_parameters_do_not_move():

@@ -90,6 +90,24 @@ def stopped(root, rank, poisoned):
         return str(error)
 
 
+def seen(root):
+    """The rows that a process meets in each of two epochs, grouped by length."""
+    met = []
+
+    def collate(batch):
+        met.extend(int(row["input_ids"][0]) for row in batch)
+        return {name: torch.stack([row[name] for row in batch]) for name in batch[0]}
+
+    ids = torch.arange(5, 29)[:, None].repeat(1, LENGTH)
+    data = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row.clone()} for row in ids]
+    model = tiny_moe("bert", hidden_dropout_prob=0.1)  # each process draws its own
+    values = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "train_sampling_strategy": "group_by_length"}
+    values |= {"use_cpu": True, "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    args = TrainingArguments(output_dir=str(root / "seen"), **values)
+    MoeTrainer(model=model, args=args, train_dataset=data, data_collator=collate).train()
+    return met
+
+
 def two(rank, root):
     """All that two processes do, in one start of them."""
     found = {}
@@ -101,6 +119,7 @@ def two(rank, root):
     sharded = {"distributed_config": DistributedConfig(fsdp_size=2, ep_size=2)}
     found["sharded"] = train("llama", root / "llama", root / "sharded", 2, loading=sharded, save_only_model=True)
     found["loss"], found["gradient"] = stopped(root, rank, "loss"), stopped(root, rank, "gradient")
+    found["seen"] = seen(root)
     found["fsdp on a CPU"] = train(
         "bert", root / "bert", root / "fsdp", 2, steps=1, fsdp=True, fsdp_config={"version": 2}, save_strategy="no"
     )
@@ -172,6 +191,13 @@ def test_a_nan_in_one_process_stops_all_that_share_the_model(found):
     assert told[1].startswith("step 1: the loss is nan; ")
     for process in found:
         assert process["gradient"].startswith("step 1: a gradient is not finite, by their norm")
+
+
+def test_processes_that_group_by_length_share_out_all_rows(found):
+    one, other = (process["seen"] for process in found)
+    for epoch in (0, 1):
+        met = [row for rows in (one, other) for row in rows[12 * epoch : 12 * (epoch + 1)]]
+        assert sorted(met) == list(range(5, 29))
 
 
 def test_accelerate_has_no_fsdp_on_a_cpu(found):

@@ -1,6 +1,7 @@
 """PEFT presets: what they reach, and adapters that train, save, load, merge and leave."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from transformers import (
 
 from hf_moe.errors import UsageError
 from hf_moe.routing.hooks import experts_of
-from hf_moe.training.peft import add_adapter, frozen_experts, peft_config
+from hf_moe.training.peft import adapter_options, add_adapter, frozen_experts, peft_config
 from tests.conftest import FAMILIES, batch, labels_for, lm_class, scatter, tiny_moe
 
 PRESETS = ("attention", "experts", "router", "attention+experts", "attention+experts+router")
@@ -217,15 +218,37 @@ def test_experts_that_stay_frozen_are_told_of(caplog):
 @pytest.mark.parametrize(
     ("family", "values", "preset", "options", "why"),
     [
-        ("bert", {}, "everything", {}, "join any of attention, experts, router by '\\+'"),
+        ("bert", {}, "everything", {}, "join any of attention, experts, router by '+'"),
         ("bert", {}, "attention+router", {"lora_dropout": 0.1}, "no lora_dropout for experts and routers"),
         ("bert", {"expert_rank": 2}, "experts", {}, "low rank already"),
+        ("bert", {}, "attention", {"rank": 4}, "peft: unknown key 'rank'; did you mean 'r'?"),
+        ("bert", {}, "attention", {"use_rslore": True}, "did you mean 'use_rslora'?"),
+        ("bert", {}, "attention", {"colour": 1}, "choose from preset, r, lora_alpha, lora_dropout, train_head"),
+        ("bert", {}, "attention", {"r": 0}, "peft: r is 0; it must be at least 1."),
+        ("bert", {}, "attention", {"r": "x"}, "peft: r is 'x', which is no int."),
+        ("bert", {}, "attention", {"lora_alpha": -1}, "lora_alpha is -1; it must be above 0."),
+        ("bert", {}, "attention", {"lora_dropout": 1.5}, "lora_dropout is 1.5; it must be at least 0 and below 1."),
+        ("bert", {}, "attention", {"target_modules": ["nope"]}, "Target modules {'nope'} not found"),
+        ("bert", {}, "attention", {"layers_to_transform": [0], "target_modules": "x"}, "cannot be used when"),
+        ("bert", {}, 3, {}, "peft: preset is 3, which is no str."),
+        ("bert", {}, None, {}, "peft: preset is None, which is no str."),
     ],
 )
 def test_what_can_not_be_is_refused_in_a_line(family, values, preset, options, why):
-    with pytest.raises(UsageError, match=why) as caught:
-        peft_config(tiny_moe(family, **values), preset, **options)
+    with pytest.raises(UsageError, match=re.escape(why)) as caught:
+        add_adapter(tiny_moe(family, **values), preset, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_recipes_adapter_is_read_as_a_person_writes_it():
+    assert adapter_options("experts") == {"preset": "experts"}
+    assert adapter_options({"r": 4, "lora_alpha": "1e1"}) == {
+        "preset": "attention+experts",
+        "r": 4,
+        "lora_alpha": 10.0,
+    }
+    config = peft_config(tiny_moe("bert"), "attention", r=4, init_lora_weights="pissa_niter_4", use_rslora=True)
+    assert (config.r, config.lora_alpha, config.init_lora_weights) == (4, 8, "pissa_niter_4")
 
 
 def test_a_dense_model_has_no_experts_to_adapt():
