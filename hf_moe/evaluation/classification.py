@@ -63,7 +63,7 @@ def _single_label(probabilities: np.ndarray, truth: np.ndarray, names: list[str]
         metric="f1_macro",
         greater_is_better=True,
         statistic=statistic,
-        examples=truth.tolist(),
+        examples=[names[label] for label in truth.tolist()],
         tables={
             "classification_report": report,
             "confusion_matrix": metrics.confusion_matrix(truth, predicted, labels=numbers).tolist(),
@@ -90,6 +90,7 @@ def _multi_label(logits: np.ndarray, truth: np.ndarray, names: list[str]) -> Mea
     report = metrics.classification_report(
         truth, predicted, labels=list(range(len(names))), target_names=names, output_dict=True, zero_division=0
     )
+    confusion = metrics.multilabel_confusion_matrix(truth, predicted, labels=list(range(len(names)))).tolist()
     bins = reliability(probabilities.reshape(-1), truth.reshape(-1) == 1)
     return Measured(
         metrics={
@@ -109,8 +110,12 @@ def _multi_label(logits: np.ndarray, truth: np.ndarray, names: list[str]) -> Mea
         metric="f1_macro",
         greater_is_better=True,
         statistic=statistic,
-        examples=truth.tolist(),
-        tables={"classification_report": report, "reliability": bins},
+        examples=[sorted(name for name, own in zip(names, row, strict=True) if own) for row in truth],
+        tables={
+            "classification_report": report,
+            "confusion_by_label": dict(zip(names, confusion, strict=True)),
+            "reliability": bins,
+        },
         notes=[
             "A label is predicted above 0.5. accuracy: all labels of a row are right; nll, brier and ece are by label."
         ],

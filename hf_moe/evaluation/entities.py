@@ -80,6 +80,8 @@ def _counts(truth: list[str], predicted: list[str]) -> tuple[int, int, int]:
 
 def measure_tagging(predictions: Any, labels: Any, prepared: Any, split: str) -> Measured:
     """From `tag_choices`; what is no first token of a word does not count."""
+    from sklearn.metrics import confusion_matrix
+
     choices, labels, names = first_of(predictions), np.asarray(labels), prepared.labels
     asked = labels != IGNORED
     truth = [[names[label] for label in row[here]] for row, here in zip(labels, asked, strict=True)]
@@ -93,11 +95,13 @@ def measure_tagging(predictions: Any, labels: Any, prepared: Any, split: str) ->
         "brier": float(choices[..., 3][asked].mean()),
         "ece": expected_calibration_error(bins),
     }
-    tables: dict[str, Any] = {"reliability": bins}
-    words = prepared.raw[split][prepared.report["columns"]["text"]]
+    numbers = list(range(len(names)))
+    confusion = confusion_matrix(labels[asked], choices[..., 0][asked].astype(int), labels=numbers)
+    tables: dict[str, Any] = {"confusion_matrix": confusion.tolist(), "reliability": bins}
+    words = list(prepared.raw[split][prepared.report["columns"]["text"]])
     records = [
-        {"row": row, "words": held if len(held) == len(own) else None, "labels": own, "predictions": guess}
-        for row, (held, own, guess) in enumerate(zip(words, truth, predicted, strict=True))
+        {"row": row, "words": words[row] if len(words[row]) == len(own) else None, "labels": own, "predictions": guess}
+        for row, own, guess in zip(prepared.details[split]["example"], truth, predicted, strict=True)
     ]
     lost = prepared.report["splits"].get(split, {}).get("words_lost", 0)
     notes = [f"{lost} words are not scored: they were cut off, or have no token."] if lost else []

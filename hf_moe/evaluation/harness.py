@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+from accelerate import PartialState
+
 from hf_moe.errors import SourceError, UsageError
 from hf_moe.tasks import load_model, load_tokenizer
 from hf_moe.tasks.extras import need
@@ -37,7 +39,7 @@ def run_harness(
     if unknown:
         raise UsageError(f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them.")
     loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    loaded = load_model("causal-lm", model, **loading)
+    loaded = load_model("causal-lm", model, **loading).to(PartialState().device)  # lm-eval leaves it where it is
     wrapped = HFLM(pretrained=loaded, tokenizer=load_tokenizer(model, **loading), batch_size=batch_size)
     try:
         found = simple_evaluate(

@@ -47,6 +47,8 @@ def answer_of(cell: Any) -> tuple[list[str], list[int]]:
         raise ValueError("answers should be an object with the lists 'text' and 'answer_start'") from error
     if len(texts) != len(starts) or not all(isinstance(text, str) for text in texts):
         raise ValueError("answers should have a text and an answer_start each")
+    if wrong := [start for start in starts if type(start) is not int or start < 0]:
+        raise ValueError(f"an answer_start is a whole number from 0 on, not {wrong[0]!r}")
     return texts, starts
 
 

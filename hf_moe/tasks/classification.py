@@ -6,7 +6,7 @@ from typing import Any
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from .columns import check_texts
-from .context import TOO_LONG, Context, Encoded, count_cut, count_tokens, tokenised
+from .context import TOO_LONG, Context, Encoded, check_tokens, count_cut, count_tokens, tokenised
 from .labels import Labels, find_labels
 from .lengths import cut
 
@@ -52,6 +52,7 @@ def _encode(context: Context, split: str, labels: Labels) -> tuple[Any, dict[str
         read=labels.read,
     )
     rows, counted = count_cut(rows)
+    check_tokens(rows, context.place(split))
     counted |= {"rows": len(raw), "examples": len(rows), "tokens": count_tokens(rows)}
     return rows, counted | ({"labels": labels.counts[split]} if split in labels.counts else {})
 

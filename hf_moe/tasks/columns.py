@@ -56,9 +56,11 @@ def check_texts(rows: Any, column: str, place: str, kind: str = "text") -> None:
     inner = feature.feature if kind == "words" and isinstance(feature, List) else feature
     if not (isinstance(inner, Value) and "string" in inner.dtype and (kind == "text") == (inner is feature)):
         raise UsageError(f"{place}: column {column!r} should hold {KINDS[kind]}, but holds {_name(feature)}.")
-    missing = next((row for row, value in enumerate(rows[column]) if value is None), None)
-    if missing is not None:
-        raise UsageError(f"{place}: row {missing + 1} has no {column!r}.")
+    for row, value in enumerate(rows[column], 1):
+        if value is None:
+            raise UsageError(f"{place}: row {row} has no {column!r}.")
+        if kind == "words" and None in value:
+            raise UsageError(f"{place}: row {row}: column {column!r} lacks word {value.index(None) + 1}.")
 
 
 def _name(feature: Any) -> str:

@@ -9,10 +9,14 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from hf_moe.errors import UsageError
+
+from .packing import IGNORED
 from .read import where
 from .settings import DataSettings
 
 TOO_LONG = "too_long"  # a column of what was cut, counted and taken away again
+EXAMPLE = "example"  # a column of `details`: which row as it was read a tokenised one is of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,36 @@ def count_cut(rows: Any) -> tuple[Any, dict[str, Any]]:
     """The rows without their `TOO_LONG` column, and how many were too long."""
     truncated = int(sum(rows[TOO_LONG]))
     return rows.remove_columns(TOO_LONG), {"truncated": truncated}
+
+
+def keep_asked(rows: Any, column: str, asks: Callable[[Any], list[bool]], place: str) -> tuple[Any, dict[str, Any]]:
+    """The rows of which something is predicted, and how many others there were.
+
+    Args:
+        asks: `column` of some rows -> whether something of each is predicted.
+
+    Raises:
+        UsageError: where there are only others.
+    """
+    kept = rows.filter(asks, batched=True, input_columns=[column])
+    if len(kept) == 0:
+        raise UsageError(f"{place}: nothing in its rows can be predicted; give longer ones.")
+    dropped = len(rows) - len(kept)
+    return (kept if dropped else rows), {"nothing_to_predict": dropped}
+
+
+def has_label(labels: list[list[int]], *, first: int) -> list[bool]:
+    """Whether any token from `first` on has one."""
+    return [any(label != IGNORED for label in row[first:]) for row in labels]
+
+
+def check_tokens(rows: Any, place: str, column: str = "input_ids") -> None:
+    """Raises UsageError where a row has none: an empty text, of a tokenizer that adds nothing to it."""
+    import pyarrow.compute as pc
+
+    lengths = pc.list_value_length(rows.select_columns(column).with_format("arrow")[:][column]).to_pylist()
+    if 0 in lengths:
+        raise UsageError(f"{place}: row {lengths.index(0) + 1} has no tokens; leave it out.")
 
 
 def count_tokens(rows: Any, column: str = "input_ids") -> int:

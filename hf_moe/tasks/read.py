@@ -1,5 +1,7 @@
 """The rows of each split: from files, from the Hub or from a folder, and cut as the settings say."""
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from .settings import SPLITS, DataSettings
 # What a dataset may call a split, where the settings say nothing.
 USUAL = {"train": ("train",), "validation": ("validation", "valid", "dev", "val"), "test": ("test",)}
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
 
 def read_splits(settings: DataSettings, wanted: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split -> its rows, for those of `wanted` that there are, and what identifies the data.
@@ -22,7 +26,8 @@ def read_splits(settings: DataSettings, wanted: tuple[str, ...]) -> tuple[dict[s
         SourceError: where something can't be read.
     """
     need("train", "datasets", "sklearn")
-    held = _from_files(settings, wanted) if settings.dataset_name is None else _from_dataset(settings, wanted)
+    read = _from_files if settings.dataset_name is None else _from_dataset
+    held, identity = read(settings, wanted)
     if not held:
         raise UsageError(f"There is no {' or '.join(wanted)} split; name its file or its split.")
     if settings.validation_split_percentage and "train" in held and "validation" in wanted:
@@ -32,8 +37,7 @@ def read_splits(settings: DataSettings, wanted: tuple[str, ...]) -> tuple[dict[s
         held[split] = _first(rows, limit, streaming=settings.streaming, split=split)
         if not settings.streaming and len(held[split]) == 0:
             raise UsageError(f"{where(settings, split)}: holds no rows.")
-    ordered = {split: held[split] for split in SPLITS if split in held}
-    return ordered, _identity(settings, ordered)
+    return {split: held[split] for split in SPLITS if split in held}, identity
 
 
 def where(settings: DataSettings, split: str) -> str:
@@ -42,35 +46,63 @@ def where(settings: DataSettings, split: str) -> str:
     return files[0] if len(files) == 1 else f"the {split} split"
 
 
-def _from_files(settings: DataSettings, wanted: tuple[str, ...]) -> dict[str, Any]:
-    return {split: read_files(settings.files(split), settings) for split in wanted if settings.files(split)}
+def _from_files(settings: DataSettings, wanted: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    held = {split: read_files(settings.files(split), settings) for split in wanted if settings.files(split)}
+    files = list(dict.fromkeys(name for split in SPLITS for name in settings.files(split)))
+    names = [Path(name).name if Path(name).is_absolute() else name for name in files]  # no folder of this machine
+    names = [name if names.count(name) == 1 else file for name, file in zip(names, files, strict=True)]
+    paths = {name: Path(file).expanduser() for name, file in zip(names, files, strict=True)}
+    return held, {"files": _digests(paths, settings)}
 
 
-def _from_dataset(settings: DataSettings, wanted: tuple[str, ...]) -> dict[str, Any]:
-    from datasets import load_dataset
+def _from_dataset(settings: DataSettings, wanted: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    from datasets import load_dataset_builder
 
     name = str(settings.dataset_name)
+    folder = Path(name).expanduser()
     try:
-        held = load_dataset(
-            str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name,
+        builder = load_dataset_builder(
+            str(folder) if folder.is_dir() else name,
             settings.dataset_config_name,
             revision=settings.dataset_revision,
-            streaming=settings.streaming,
         )
+        if not settings.streaming:
+            builder.download_and_prepare()
+        held = builder.as_streaming_dataset() if settings.streaming else builder.as_dataset()
     except HfMoeError:
         raise
     except Exception as error:  # the library raises anything
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise SourceError(f"{name}: can't be loaded as a dataset ({reason}).") from error
-    found: dict[str, Any] = {}
+    called: dict[str, str] = {}
     for split in wanted:
         asked = getattr(settings, f"{split}_split")
         if asked is not None and asked not in held:
             raise UsageError(f"{name}: has no split {asked!r}; it has {', '.join(held)}.")
-        called = asked or next((usual for usual in USUAL[split] if usual in held), None)
-        if called is not None:
-            found[split] = held[called]
-    return found
+        there = asked or next((usual for usual in USUAL[split] if usual in held), None)
+        if there is not None:
+            called[split] = there
+    found = {split: held[there] for split, there in called.items()}
+    return found, _dataset_identity(settings, builder, folder, found, called)
+
+
+def _dataset_identity(
+    settings: DataSettings, builder: Any, folder: Path, found: dict[str, Any], called: dict[str, str]
+) -> dict[str, Any]:
+    """A dataset's name, with its commit on the Hub or digests of its files; where it has neither, with the library's
+    fingerprints, which a copy does not share."""
+    made: dict[str, Any] = {
+        "dataset_name": settings.dataset_name,
+        "dataset_config_name": settings.dataset_config_name,
+        "dataset_revision": settings.dataset_revision,
+    }
+    if COMMIT.fullmatch(builder.hash or ""):  # of the cache too, where the Hub is out of reach
+        return made | {"dataset_revision": builder.hash}
+    files = [Path(file) for name in called.values() for file in (builder.config.data_files or {}).get(name, [])]
+    if files and all(file.is_file() for file in files):
+        names = {Path(os.path.relpath(file, folder.resolve())).as_posix(): file for file in files}
+        return made | {"files": _digests(names, settings)}
+    return made | {"fingerprints": {split: getattr(rows, "_fingerprint", None) for split, rows in found.items()}}
 
 
 def _cut_validation(held: dict[str, Any], settings: DataSettings) -> dict[str, Any]:
@@ -118,27 +150,9 @@ def _first(rows: Any, limit: int | None, *, streaming: bool, split: str) -> Any:
     return Dataset.from_list(list(taken))
 
 
-def _identity(settings: DataSettings, held: dict[str, Any]) -> dict[str, Any]:
-    """What names the data without doubt: digests of files, or the dataset's name, revision and fingerprints."""
-    if settings.dataset_name is not None:
-        return {
-            "dataset_name": settings.dataset_name,
-            "dataset_config_name": settings.dataset_config_name,
-            "dataset_revision": settings.dataset_revision,
-            "fingerprints": {split: getattr(rows, "_fingerprint", None) for split, rows in held.items()},
-        }
-    files = list(dict.fromkeys(name for split in SPLITS for name in settings.files(split)))
-    names = [Path(name).name if Path(name).is_absolute() else name for name in files]  # no folder of this machine
-    names = [name if names.count(name) == 1 else file for name, file in zip(names, files, strict=True)]
+def _digests(files: dict[str, Path], settings: DataSettings) -> dict[str, dict[str, Any]]:
+    """By name. What is streamed is too large to be read twice."""
     return {
-        "files": {
-            name: _fingerprint(Path(file).expanduser(), settings.streaming)
-            for name, file in zip(names, files, strict=True)
-        }
+        name: {"bytes": file.stat().st_size, "sha256": None if settings.streaming else file_sha256(file)}
+        for name, file in files.items()
     }
-
-
-def _fingerprint(file: Path, streaming: bool) -> dict[str, Any]:
-    """What is streamed is too large to be read twice."""
-    size = file.stat().st_size
-    return {"bytes": size, "sha256": None if streaming else file_sha256(file)}

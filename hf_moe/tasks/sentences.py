@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_moe.errors import UsageError
 
 from .columns import check_texts
-from .context import TOO_LONG, Context, Encoded, count_cut, count_tokens, tokenised
+from .context import TOO_LONG, Context, Encoded, check_tokens, count_cut, count_tokens, tokenised
 from .lengths import cut
 
 # What a row holds, by role: side -> the column's role.
@@ -88,7 +88,10 @@ def _encode(context: Context, split: str) -> tuple[Any, dict[str, Any]]:
         length=context.max_length,
     )
     rows, counted = count_cut(rows)
-    tokens = sum(count_tokens(rows, name) for name in rows.column_names if name.endswith("input_ids"))
+    sides = [name for name in rows.column_names if name.endswith("input_ids")]
+    for name in sides:
+        check_tokens(rows, place, name)
+    tokens = sum(count_tokens(rows, name) for name in sides)
     return rows, counted | {"rows": len(raw), "examples": len(rows), "tokens": tokens}
 
 

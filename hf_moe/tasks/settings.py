@@ -7,6 +7,7 @@ from hf_moe.errors import UsageError
 from hf_moe.recipe import options_of
 
 SPLITS = ("train", "validation", "test")
+SHUFFLE_BUFFER_SIZE = 1000
 
 
 @dataclass(kw_only=True)
@@ -34,8 +35,10 @@ class DataSettings:
         mlm_probability: share of the tokens that a masked language model must guess.
         doc_stride: by how many tokens the windows on a long context overlap (question answering).
         streaming: read while training, for more data than fits (language models).
+        shuffle_buffer_size: streamed rows held at a time, of which the next are drawn (by default 1000; 0: in the
+            order of the files).
         problem_type: of a text classification, where its labels do not tell.
-        seed: of the validation rows drawn, and the tokens masked in evaluation.
+        seed: of the validation rows drawn, the tokens masked in evaluation, and the order of what is streamed.
     """
 
     task: str
@@ -67,6 +70,7 @@ class DataSettings:
     mlm_probability: float | int = 0.15
     doc_stride: int = 128
     streaming: bool = False
+    shuffle_buffer_size: int | None = None
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
     seed: int = 0
 
@@ -94,6 +98,7 @@ def check_settings(settings: DataSettings) -> None:
         ("max_eval_samples", 1, None),
         ("max_length", 8, None),
         ("doc_stride", 0, None),
+        ("shuffle_buffer_size", 0, None),
         ("seed", 0, 2**32 - 1),
     ):
         value = getattr(settings, name)

@@ -1,6 +1,7 @@
 """Token classification: a tag for each word, given to the first of its tokens."""
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
@@ -9,7 +10,7 @@ from hf_moe.errors import UsageError
 
 from .columns import check_texts
 from .conll import is_entity_scheme, to_iob2
-from .context import TOO_LONG, Context, Encoded, count_cut, count_tokens, tokenised
+from .context import EXAMPLE, TOO_LONG, Context, Encoded, count_cut, count_tokens, has_label, keep_asked, tokenised
 from .labels import sort_labels
 from .lengths import cut
 from .packing import IGNORED
@@ -18,10 +19,12 @@ KEPT = "kept"  # words of a row that have a token, a column that is counted and 
 
 
 def prepare_tagging(context: Context) -> Encoded:
-    """Tags of entities are brought to IOB2 (every entity begins with B); others, parts of speech say, are left.
+    """Tags of entities are brought to IOB2 (every entity begins with B); others, parts of speech say, are left. Rows
+    without words are left out; `details` say which row each is of.
 
     Raises:
-        UsageError: for tags that are no words, not as many as words, of no scheme, or not known from training.
+        UsageError: for tags that are no words, not as many as words, of no scheme, all the same in training, or not
+            known from there.
     """
     tokenizer = context.tokenizer
     if not tokenizer.is_fast:
@@ -32,11 +35,12 @@ def prepare_tagging(context: Context) -> Encoded:
     made = {split: _encode(context, split, iob2[split], names) for split in context.raw}
     report = {split: counted | {"tags_changed": changed[split]} for split, (_, counted) in made.items()}
     return Encoded(
-        splits={split: rows for split, (rows, _) in made.items()},
+        splits={split: rows.remove_columns(EXAMPLE) for split, (rows, _) in made.items()},
         collator=DataCollatorForTokenClassification(tokenizer),
         labels=names,
         report=report,
         notes={"scheme": "IOB2" if is_entity_scheme(set(names)) else None},
+        details={split: rows.select_columns(EXAMPLE) for split, (rows, _) in made.items()},
     )
 
 
@@ -55,6 +59,8 @@ def _tags(context: Context, split: str) -> list[list[str]]:
         if names is None and any(not isinstance(cell, str) for cell in cells):
             raise UsageError(f"{place}: row {row}: tags are numbers without names; give them as words, such as B-PER.")
         made.append([names[cell] if names is not None else cell for cell in cells])
+    if not any(made):
+        raise UsageError(f"{place}: holds no words.")
     return made
 
 
@@ -77,13 +83,15 @@ def _names(tags: dict[str, list[list[str]]], context: Context) -> list[str]:
     """The labels: a model's, or those of training, an entity's B and I always both."""
     source = "train" if "train" in tags else next(iter(tags))
     found = {tag for row in tags[source] for tag in row}
-    if context.given_labels is None:
-        if len(found) < 2:
-            raise UsageError(
-                f"{context.place(source)}: every word has the tag {min(found)!r}; two are needed to learn."
-            )
-        if is_entity_scheme(found):
-            found = {"O"} | {f"{letter}-{tag[2:]}" for tag in found - {"O"} for letter in "BI"}
+    if source == "train" and len(found) < 2:
+        raise UsageError(f"{context.place(source)}: every word has the tag {min(found)!r}; two are needed to learn.")
+    if context.given_labels is None and is_entity_scheme(found):
+        found = {"O"} | {f"{letter}-{tag[2:]}" for tag in found - {"O"} for letter in "BI"}
+    if context.given_labels is not None:
+        try:
+            is_entity_scheme(set(context.given_labels))
+        except ValueError as error:
+            raise UsageError(f"The model's labels: {error}.") from error
     names = sort_labels(found) if context.given_labels is None else list(context.given_labels)
     owner = "training" if context.given_labels is None else "the model"
     for split, rows in tags.items():
@@ -106,6 +114,7 @@ def _encode(context: Context, split: str, tags: list[list[str]], names: list[str
     rows = tokenised(
         tagged,
         _tokens,
+        indices=True,
         tokenizer=context.tokenizer,
         truncation=context.settings.truncation,
         column=context.columns["text"],
@@ -113,7 +122,9 @@ def _encode(context: Context, split: str, tags: list[list[str]], names: list[str
     )
     words, kept = sum(map(len, tags)), int(sum(rows[KEPT]))
     rows, counted = count_cut(rows.remove_columns(KEPT))
+    rows, dropped = keep_asked(rows, "labels", partial(has_label, first=0), context.place(split))
     counts = Counter(tag for row in tags for tag in row)
+    counted |= dropped
     counted |= {"rows": len(raw), "examples": len(rows), "tokens": count_tokens(rows)}
     counted |= {"words": words, "words_lost": words - kept, "labels": {name: counts[name] for name in names}}
     return rows, counted
@@ -121,6 +132,7 @@ def _encode(context: Context, split: str, tags: list[list[str]], names: list[str
 
 def _tokens(
     batch: dict[str, list[Any]],
+    indices: list[int],
     *,
     tokenizer: PreTrainedTokenizerBase,
     truncation: str,
@@ -138,4 +150,4 @@ def _tokens(
             before = word
         labels.append(made)
         kept.append(sum(label != IGNORED for label in made))
-    return {**encoded, "labels": labels, KEPT: kept, TOO_LONG: too_long}
+    return {**encoded, "labels": labels, EXAMPLE: indices, KEPT: kept, TOO_LONG: too_long}

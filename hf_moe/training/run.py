@@ -173,6 +173,11 @@ def load(recipe: TrainRecipe, path: str) -> Loaded:
     data = prepare_data(recipe.data, tokenizer, config, labels=kept_labels(config, task, settings))
     if data.train is None:
         raise UsageError("There are no rows to train on: give train_file, or a dataset with a train split.")
+    if data.report.get("scored") and any(score != 1 for score in data.train["labels"]):
+        raise UsageError(
+            f"{task}: training takes each pair for one that belongs together, but some have another score than 1 "
+            f"({data.report['columns']['label']!r}); leave those out."
+        )
     if recipe.arguments["label_smoothing_factor"] and data.problem_type not in (None, "single_label_classification"):
         raise UsageError(f"label_smoothing_factor: a {data.problem_type} has no labels to smooth.")
     if recipe.arguments["eval_strategy"] != "no" and data.validation is None:

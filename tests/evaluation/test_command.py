@@ -59,7 +59,7 @@ def test_two_models_at_every_task(task, run, model, rows):
     assert [line["model"] for line in lines] == ["dense"] * len(ROWS[task]) + ["tuned"] * len(ROWS[task])
     pictures = {file.name for file in (first.parent / "out").glob("*.png")}
     assert pictures == set(written["pictures"])
-    assert ("confusion-1.png" in pictures) == (task == "text-classification")
+    assert ("confusion-1.png" in pictures) == task.endswith("classification")
 
 
 @pytest.mark.parametrize(
@@ -120,13 +120,27 @@ def test_a_table_for_people(run, model, rows, monkeypatch):
     assert (code, out) == (0, "")
 
 
-def test_regression_and_several_labels(run, model, files):
-    labels = [0.5, 1.0, 2.5, 3.0, 0.0, 1.5]
-    files(rows_jsonl=[{"text": text, "label": label} for text, label in zip(TEXTS, labels, strict=True)])
-    folder = model("text-classification", "amounts", problem_type="regression")
-    assert load_config(folder).num_labels == 3  # the fixture's; a regression has one
-    config = load_config(folder)
-    assert config.problem_type == "regression"
+def test_what_is_taken_for_what_tag_by_tag(run, model, rows):
+    folder = model("token-classification", "dense", seed=1)
+    code, out, err = run(folder, "--task", "token-classification", "--data", rows("token-classification"), "--json")
+    assert code == 0, err
+    told, names = json.loads(out), LABELS["token-classification"]
+    tags = [tag for row in ROWS["token-classification"] for tag in row["tags"]]
+    confusion = told["models"][0]["confusion_matrix"]
+    assert [sum(row) for row in confusion] == [tags.count(name) for name in names]
+    right = sum(confusion[place][place] for place in range(len(names)))
+    assert told["models"][0]["metrics"]["token_accuracy"] == pytest.approx(right / len(tags))
+
+
+def test_rows_that_ask_nothing_keep_the_others_numbers(run, model, files):
+    """What is left out is no example, and the lines of the others say which row they are of."""
+    held = ROWS["token-classification"][:2]
+    files(rows_jsonl=[{"tokens": [], "tags": []}, held[0], {"tokens": [], "tags": []}, held[1]])
+    folder = model("token-classification", "dense", seed=1)
+    code, _, err = run(folder, "--task", "token-classification", "--data", "rows.jsonl", "--output", "out")
+    assert code == 0, err
+    lines = [json.loads(line) for line in (folder.parent / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["words"]) for line in lines] == [(1, held[0]["tokens"]), (3, held[1]["tokens"])]
 
 
 def refused(run, *arguments):

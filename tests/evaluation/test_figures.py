@@ -1,6 +1,7 @@
 """The figures, each against a naive twin or a known value."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from sklearn import metrics
 from hf_moe.evaluation.answers import best_answers, exact_match, normal, word_f1
 from hf_moe.evaluation.bootstrap import paired_bootstrap
 from hf_moe.evaluation.calibration import calibration, expected_calibration_error, reliability, softmax
-from hf_moe.evaluation.classification import f1_by_class, pearson, spearman
+from hf_moe.evaluation.classification import f1_by_class, measure_classification, pearson, spearman
 from hf_moe.evaluation.entities import _counts, entity_scores, tag_choices
 from hf_moe.evaluation.language import perplexity, token_losses
 from hf_moe.evaluation.measured import IGNORED, Measured
@@ -182,6 +183,19 @@ def test_the_interval_is_that_of_the_mean():
     found = paired_bootstrap(measured(np.zeros(400)), measured(gains), resamples=2000)
     half = 1.96 * gains.std() / math.sqrt(400)
     assert found["interval"] == pytest.approx([gains.mean() - half, gains.mean() + half], abs=0.02)
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
+def test_models_with_their_labels_in_another_order_are_compared(problem_type):
+    """They were asked the same."""
+    truth, logits = np.array([0, 1, 2, 0]), np.random.default_rng(0).normal(size=(4, 3))
+    truth = truth if problem_type.startswith("single") else np.eye(3)[truth]
+    made, turned = [], [2, 0, 1]
+    for order in (list(range(3)), turned):
+        prepared = SimpleNamespace(labels=["abc"[place] for place in order], problem_type=problem_type)
+        own = np.array([order.index(label) for label in truth]) if truth.ndim == 1 else truth[:, order]
+        made.append(measure_classification(logits[:, order], own, prepared, "test"))
+    assert paired_bootstrap(*made, resamples=20)["difference"] == pytest.approx(0, abs=1e-9)
 
 
 def test_models_that_were_asked_otherwise_are_not_compared():

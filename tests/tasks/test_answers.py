@@ -81,6 +81,10 @@ def test_the_span_is_every_token_with_a_letter_of_the_answer(lengths, begin, siz
 REFUSED = {
     "an answer elsewhere": ([row("cat", start=0)], {}, r"row 1: the answer 'cat' is not at 0, where the context has"),
     "answers of another form": ([row() | {"answers": "cat"}], {}, "row 1: answers should be an object"),
+    "a place that is a word": ([row(start="4")], {}, "row 1: an answer_start is a whole number from 0 on, not '4'"),
+    "a place that is an amount": ([row(), row(start=4.5)], {}, r"row 1: an answer_start is a whole .*, not \d+\.0"),
+    "a place before the text": ([row("of", start=-8)], {}, "row 1: an answer_start is a whole .*, not -8"),
+    "no place": ([row(), row() | {"answers": {"text": ["cat"], "answer_start": [None]}}], {}, "row 2: .*, not None"),
     "no context": ([{"question": "a", "answers": {"text": [], "answer_start": []}}], {}, "has no context column"),
     "no room": ([row()], {"max_length": 12, "doc_stride": 10}, "row 1: a question of 2 tokens leaves 7 of max_length"),
 }

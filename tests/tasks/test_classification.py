@@ -78,9 +78,28 @@ def test_a_trained_model_s_labels_are_taken(files, prepare):
     assert made.test["labels"][:] == [1, 0]
 
 
+@pytest.mark.parametrize("cells", [["a", "b"], [["a"], []], [0.5, 1.5]])
+def test_rows_of_one_class_are_measured(cells, files, prepare):
+    files(train_jsonl=rows(cells), test_jsonl=rows(cells[:1] * 2))
+    made, _ = prepare("text-classification", train_file="train.jsonl", test_file="test.jsonl")
+    assert len(made.test) == 2
+    settings = {"test_file": "test.jsonl", "problem_type": made.problem_type}
+    for labels in (made.labels, None):
+        assert len(prepare("text-classification", labels=labels, **settings)[0].test) == 2
+
+
 REFUSED = {
     "no label": (rows(["a", None]), {}, "row 2 has no label"),
     "one class": (rows(["a", "a"]), {}, "every row has the label 'a'; two are needed to learn"),
+    "one class of a model's": (rows(["a", "a"]), {"labels": ["a", "b"]}, "every row has the label 'a'; two are"),
+    "one class by two names": (rows(["LABEL_0", "0"]), {"labels": ["LABEL_0", "LABEL_1"]}, "every row has the label"),
+    "several, the same in each": (rows([["a"], ["a"]]), {}, r"every row has the labels \['a'\]; two are needed"),
+    "several, none in any": (rows([[], []]), {}, r"train\.jsonl: no row has a label"),
+    "several, none of a model's": (
+        rows([[], []]),
+        {"labels": ["a", "b"], "problem_type": "multi_label_classification"},
+        r"every row has the labels \[\]",
+    ),
     "one amount": (rows([0.5, 0.5]), {}, "every row has the label 0.5; two are needed"),
     "a word for an amount": (
         rows(["a", "b"]), {"problem_type": "regression"}, "row 1: a regression's label is a number, not 'a'",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
 
 from hf_moe.errors import UsageError
 from hf_moe.tasks import load_tokenizer
@@ -40,6 +40,55 @@ def test_what_a_text_of_a_file_is(sample_by, count, files, prepare):
     files(train_txt="the cat\nsat\n\na dog sat\n")
     made, _ = prepare("causal-lm", family="llama", train_file="train.txt", sample_by=sample_by)
     assert len(made.train) == count
+
+
+def test_a_row_of_training_always_hides_a_token(files, prepare):
+    """So a batch of short rows has a loss; rows that hide one anyway hide what Transformers hides."""
+    files(rows_txt="the cat\na dog\nsat\n" + " ".join(["the dog sat"] * 15))
+    made, tokenizer = prepare("masked-lm", train_file="rows.txt")
+    theirs = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
+    for seed in range(40):
+        torch.manual_seed(seed)
+        batch = made.collator([made.train[row] for row in range(4)])
+        torch.manual_seed(seed)
+        plain = theirs([made.train[row] for row in range(4)])
+        asked = batch["labels"] != IGNORED
+        assert asked.any(1).all()
+        assert not (asked & (batch["attention_mask"] == 0)).any()
+        for row in range(4):
+            if (plain["labels"][row] != IGNORED).any():
+                assert torch.equal(batch["labels"][row], plain["labels"][row])
+                assert torch.equal(batch["input_ids"][row], plain["input_ids"][row])
+            else:
+                assert asked[row].sum() == 1
+                assert batch["input_ids"][row][asked[row]].item() == tokenizer.mask_token_id
+
+
+# Task -> (family, a row of which nothing can be predicted).
+NOTHING = {"masked-lm": ("bert", "zebra"), "causal-lm": ("gpt2", "a")}
+
+
+@pytest.mark.parametrize("task", NOTHING)
+def test_rows_that_ask_nothing_are_left_out_and_counted(task, files, prepare):
+    family, nothing = NOTHING[task]
+    files(rows_txt=f"\n{nothing}\nthe cat\n{nothing}\na dog", none_txt=f"{nothing}\n{nothing}")
+    made, tokenizer = prepare(task, family=family, train_file="rows.txt", validation_file="rows.txt")
+    for split in ("train", "validation"):
+        counted = made.report["splits"][split]
+        assert [counted[name] for name in ("rows", "empty", "nothing_to_predict", "examples")] == [5, 1, 2, 2]
+        assert made.details[split]["example"][:] == [2, 4]
+        assert set(made.split(split).column_names) <= {"input_ids", "attention_mask", "token_type_ids", "labels"}
+    assert made.train["input_ids"][:] == [tokenizer(text)["input_ids"] for text in ("the cat", "a dog")]
+    for split in ("train", "validation"):
+        with pytest.raises(UsageError, match=r"none\.txt: nothing in its rows can be predicted; give longer ones"):
+            prepare(task, family=family, **{"train_file": "rows.txt", f"{split}_file": "none.txt"})
+
+
+def test_a_last_packed_row_that_asks_nothing_is_left_out(files, prepare):
+    files(rows_txt="abcdefgh")
+    made, _ = prepare("causal-lm", family="gpt2", test_file="rows.txt", packing=True, max_length=8)
+    assert [len(ids) for ids in made.test["input_ids"]] == [8]
+    assert made.report["splits"]["test"]["nothing_to_predict"] == 1  # the end of the text, which begins a row
 
 
 def test_evaluation_masks_the_same_tokens_each_time_and_training_others(files, prepare):

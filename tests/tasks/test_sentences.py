@@ -49,5 +49,8 @@ def test_what_is_wrong_is_said_in_one_line(files, prepare):
     files(one_jsonl=[{"anchor": "a"}], two_csv="anchor,positive,score\na,b,high\n")
     with pytest.raises(UsageError, match="has no text_pair column; name it by text_pair_column"):
         prepare("sentence-embedding", train_file="one.jsonl")
+    files(empty_jsonl=[*PAIRS, {"anchor": "", "positive": "a"}])
+    with pytest.raises(UsageError, match=r"empty\.jsonl: row 3 has no tokens; leave it out"):
+        prepare("sentence-embedding", family="gpt2", train_file="empty.jsonl")
     with pytest.raises(UsageError, match="row 1: a score is a number, not 'high'"):
         prepare("sentence-embedding", train_file="two.csv")

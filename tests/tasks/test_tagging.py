@@ -205,6 +205,9 @@ REFUSED = {
         {"validation_file": "b.conll"},
         r"b\.conll: row 1 has the tag 'B-BEAST', which training lacks; it has B-PET, I-PET, O",
     ),
+    "a model's tags of no scheme": (
+        {"a_conll": CONLL}, {"labels": ["B-PET", "I-PET", "O", "PET"]}, "The model's labels: tag 'PET' is neither O",
+    ),
     "a tag that the model lacks": (
         {"a_conll": CONLL}, {"labels": ["B-BEAST", "O"]}, "row 1 has the tag 'B-PET', which the model lacks",
     ),

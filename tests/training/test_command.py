@@ -173,6 +173,12 @@ def test_dry_run_tells_and_writes_nothing(mixture, hf_moe_command, tmp_path):
             {"label_smoothing_factor": 0.1, "problem_type": "multi_label_classification"},
             "a multi_label_classification has no labels to smooth",
         ),
+        (
+            "sentence-embedding",
+            "bert",
+            {"train_file": "scored.jsonl"},
+            "training takes each pair for one that belongs",
+        ),
         ("sentence-embedding", "bert", {"train_sampling_strategy": "group_by_length"}, "has no one length"),
         ("causal-lm", "gpt2", {"peft": {"rank": 4}}, "did you mean 'r'?"),
         ("causal-lm", "gpt2", {"report_to": "wand"}, "recipe: "),
@@ -181,9 +187,14 @@ def test_dry_run_tells_and_writes_nothing(mixture, hf_moe_command, tmp_path):
         ("causal-lm", "gpt2", {"model_name_or_path": "./nowhere"}, "./nowhere"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(task, family, changed, words, mixture, hf_moe_command, tmp_path):
+def test_bad_input_is_one_line_and_writes_nothing(
+    task, family, changed, words, mixture, hf_moe_command, tmp_path, monkeypatch
+):
     keys = keys_for(task, mixture(family), tmp_path) | changed
     recipe = write_recipe(tmp_path / "recipe.yaml", {name: value for name, value in keys.items() if value is not None})
+    monkeypatch.chdir(tmp_path)
+    row = {"sentence1": "the dog", "sentence2": "a law", "score": 0.1}
+    (tmp_path / "scored.jsonl").write_text(json.dumps(row) + "\n")
     before = sorted(tmp_path.iterdir())
     code, out, err = hf_moe_command("train", recipe)
     assert code in (1, 2)
