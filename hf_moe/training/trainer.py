@@ -157,9 +157,8 @@ class MoeTrainer(Trainer):
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             finally:
                 self.label_smoother = smoother
-            if (
-                unread and not smoothed
-            ):  # a mean over no labels is NaN; Trainer has multiplied by the processes already
+            if share is not None and unread and not smoothed:
+                # Trainer has multiplied it by the processes already; a mean over no labels is NaN
                 loss = torch.where(share > 0, loss, 0.0) * share
         if training:
             loss = self._with_router_losses(loss, outputs, share)
