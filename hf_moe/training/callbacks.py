@@ -51,9 +51,8 @@ def early_stopping(settings: MethodSettings, args: Any) -> list[TrainerCallback]
 
 
 def check_metric(trainer: MoeTrainer, data: PreparedData) -> None:
-    """Looks for `metric_for_best_model` among what evaluation gives, by evaluating a few rows, and all before
-    it is refused. (Not where the model is
-    sharded: what evaluates before training can't be sharded again.)
+    """Looks for `metric_for_best_model` among what evaluation gives, by evaluating a few rows, and all of them
+    before it is refused. (Not where the model is sharded: what evaluates before training can't be sharded again.)
 
     Raises:
         UsageError: where it is not there, naming those that are.

@@ -263,10 +263,8 @@ class MoeTrainer(Trainer):
 
     def _is_finite(self, loss: torch.Tensor) -> bool:
         """Of processes that share a model, in all of them: one that ended alone would leave the others waiting."""
-        finite = torch.isfinite(loss).float()
-        return bool(
-            self.accelerator.reduce(finite).eq(self.accelerator.num_processes) if self._is_sharded() else finite
-        )
+        finite = torch.isfinite(loss)
+        return bool(self.accelerator.gather(finite).all() if self._is_sharded() else finite)
 
     def _culprit(self, inputs: dict[str, Any]) -> str:
         where = first_bad_output(self.model, self._prepare_inputs(inputs))
@@ -282,11 +280,9 @@ class MoeTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None):
         if grad_norm is not None:
             return super()._get_grad_norm(model, grad_norm)
-        return (
-            self._checked_norm(model)
-            if self._holds_whole_gradients()
-            else self._checked(super()._get_grad_norm(model))
-        )
+        if self._holds_whole_gradients():
+            return self._checked_norm(model)
+        return self._checked(super()._get_grad_norm(model))
 
     def _is_sharded(self) -> bool:
         """Whether processes hold parts of the model each."""
