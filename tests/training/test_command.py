@@ -176,7 +176,7 @@ def test_dry_run_tells_and_writes_nothing(mixture, hf_moe_command, tmp_path):
         (
             "sentence-embedding",
             "bert",
-            {"train_file": "scored.jsonl"},
+            {"train_file": "scored.jsonl", "validation_file": None},
             "training takes each pair for one that belongs",
         ),
         ("sentence-embedding", "bert", {"train_sampling_strategy": "group_by_length"}, "has no one length"),
