@@ -12,7 +12,7 @@ import pytest
 
 from hf_moe.errors import SourceError, UsageError
 from hf_moe.training import MoeTrainer, TrainRecipe, train
-from hf_moe.training.checkpoints import is_whole, last_checkpoint, read_state, share_out
+from hf_moe.training.checkpoints import STATE_NAME, is_whole, last_checkpoint, read_state, share_out
 from tests.training.runs import keys_for, recipe_for, without_times, write_recipe
 
 KILLED_AFTER = 4
@@ -214,6 +214,27 @@ def test_nothing_is_done_after_the_end(early, mixture, tmp_path):
     assert without_times(resumed.report["history"]) == without_times(whole.report["history"])
     weights = [(made.path / "model.safetensors").read_bytes() for made in (whole, resumed)]
     assert weights[0] == weights[1]
+
+
+def test_on_another_number_of_processes_a_step_has_as_many_rows(finished, tmp_path):
+    """The checkpoint is made to say that two processes wrote it."""
+    folder, keys = finished
+    checkpoint = shutil.copytree(folder / "out" / "checkpoint-1", tmp_path / "checkpoint-1")
+    state = json.loads((checkpoint / STATE_NAME).read_text())
+    (checkpoint / STATE_NAME).write_text(json.dumps(state | {"processes": state["processes"] * 2}))
+    keys = {**keys, "resume_from_checkpoint": str(checkpoint), "output_dir": str(tmp_path / "other")}
+    with pytest.raises(
+        UsageError, match=r"made by 2 processes of 4 rows a step each; 1 take as many where .* is 8\.$"
+    ):
+        train(TrainRecipe.from_dict(keys), quiet=True)
+    grouped = {"per_device_train_batch_size": 8, "train_sampling_strategy": "group_by_length"}
+    with pytest.raises(UsageError, match="on whose number group_by_length depends"):
+        train(TrainRecipe.from_dict(keys | grouped), quiet=True)
+    for changed in ({"per_device_train_batch_size": 8}, {"gradient_accumulation_steps": 2}):
+        made = train(
+            TrainRecipe.from_dict(keys | changed | {"output_dir": str(tmp_path / next(iter(changed)))}), quiet=True
+        )
+        assert made.report["steps"] == 2
 
 
 def test_going_on_from_elsewhere_spares_what_was_interrupted(finished, tmp_path):
