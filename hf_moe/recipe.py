@@ -28,6 +28,13 @@ def options_of(hint: Any) -> tuple[str, ...]:
     return next((get_args(part) for part in parts if get_origin(part) is Literal), ())
 
 
+def check_range(name: str, value: float, low: float, high: float | None = None) -> None:
+    """Raises UsageError where a number is below `low`, above `high`, or none."""
+    if not (low <= value and (high is None or value <= high)):
+        limits = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise UsageError(f"{name} is {value}; it must be {limits}.")
+
+
 class Recipe:
     """Reading and writing of the strict dataclasses below."""
 

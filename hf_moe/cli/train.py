@@ -52,18 +52,14 @@ def recipes(
     json: Json = False,
 ) -> None:
     """List the packaged recipes, which `hf-moe train NAME` runs; those in accelerate/ are for `accelerate launch`."""
-    held = {file.stem: file for file in packaged.files()} | {f"accelerate/{file.stem}": file for file in launchers()}
+    held = {file.stem: file for file in packaged.files()}
+    held |= {f"accelerate/{file.stem}": file for file in packaged.launchers()}
     if name is None:
         show.fields({name: headline(file) for name, file in held.items()}, json, words=False)
     elif name in held:
         print(held[name].read_text(encoding="utf-8"), end="")
     else:
         raise UsageError(f"recipe {name!r}: is no packaged recipe; choose from {', '.join(held)}.")
-
-
-def launchers() -> list[Path]:
-    """The packaged configurations of Accelerate."""
-    return sorted((Path(packaged.__file__).parent / "accelerate").glob("*.yaml"))
 
 
 def find_recipe(name: str) -> Path:

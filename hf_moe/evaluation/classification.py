@@ -87,10 +87,11 @@ def _multi_label(logits: np.ndarray, truth: np.ndarray, names: list[str]) -> Mea
 
     right, both = int((truth & predicted).sum()), int(truth.sum() + predicted.sum())
     said = np.where(truth == 1, probabilities, 1 - probabilities)
+    numbers = list(range(len(names)))
     report = metrics.classification_report(
-        truth, predicted, labels=list(range(len(names))), target_names=names, output_dict=True, zero_division=0
+        truth, predicted, labels=numbers, target_names=names, output_dict=True, zero_division=0
     )
-    confusion = metrics.multilabel_confusion_matrix(truth, predicted, labels=list(range(len(names)))).tolist()
+    confusion = metrics.multilabel_confusion_matrix(truth, predicted, labels=numbers).tolist()
     bins = reliability(probabilities.reshape(-1), truth.reshape(-1) == 1)
     return Measured(
         metrics={

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from hf_moe.errors import UsageError
-from hf_moe.recipe import options_of
+from hf_moe.recipe import check_range, options_of
 
 SPLITS = ("train", "validation", "test")
 SHUFFLE_BUFFER_SIZE = 1000
@@ -102,6 +102,5 @@ def check_settings(settings: DataSettings) -> None:
         ("seed", 0, 2**32 - 1),
     ):
         value = getattr(settings, name)
-        if value is not None and not (low <= value and (high is None or value <= high)):
-            limits = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise UsageError(f"{name} is {value}; it must be {limits}.")
+        if value is not None:
+            check_range(name, value, low, high)

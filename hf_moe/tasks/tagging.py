@@ -67,10 +67,8 @@ def _tags(context: Context, split: str) -> list[list[str]]:
 def _one_scheme(
     tags: dict[str, list[list[str]]], context: Context
 ) -> tuple[dict[str, list[list[str]]], dict[str, int]]:
-    try:
-        entities = is_entity_scheme({tag for rows in tags.values() for row in rows for tag in row})
-    except ValueError as error:
-        raise UsageError(f"{context.place(next(iter(tags)))}: {error}.") from error
+    found = {tag for rows in tags.values() for row in rows for tag in row}
+    entities = _mark_entities(found, context.place(next(iter(tags))))
     made = {split: [to_iob2(row) for row in rows] if entities else rows for split, rows in tags.items()}
     changed = {
         split: sum(a != b for old, new in zip(rows, made[split], strict=True) for a, b in zip(old, new, strict=True))
@@ -79,21 +77,27 @@ def _one_scheme(
     return made, changed
 
 
+def _mark_entities(tags: set[str], place: str) -> bool:
+    """Raises UsageError where some do and others can't."""
+    try:
+        return is_entity_scheme(tags)
+    except ValueError as error:
+        raise UsageError(f"{place}: {error}.") from error
+
+
 def _names(tags: dict[str, list[list[str]]], context: Context) -> list[str]:
     """The labels: a model's, or those of training, an entity's B and I always both."""
     source = "train" if "train" in tags else next(iter(tags))
     found = {tag for row in tags[source] for tag in row}
     if source == "train" and len(found) < 2:
         raise UsageError(f"{context.place(source)}: every word has the tag {min(found)!r}; two are needed to learn.")
-    if context.given_labels is None and is_entity_scheme(found):
-        found = {"O"} | {f"{letter}-{tag[2:]}" for tag in found - {"O"} for letter in "BI"}
-    if context.given_labels is not None:
-        try:
-            is_entity_scheme(set(context.given_labels))
-        except ValueError as error:
-            raise UsageError(f"The model's labels: {error}.") from error
-    names = sort_labels(found) if context.given_labels is None else list(context.given_labels)
-    owner = "training" if context.given_labels is None else "the model"
+    if context.given_labels is None:
+        if is_entity_scheme(found):
+            found = {"O"} | {f"{letter}-{tag[2:]}" for tag in found - {"O"} for letter in "BI"}
+        names, owner = sort_labels(found), "training"
+    else:
+        names, owner = list(context.given_labels), "the model"
+        _mark_entities(set(names), "The model's labels")
     for split, rows in tags.items():
         for row, own in enumerate(rows, 1):
             for tag in own:

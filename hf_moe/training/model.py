@@ -67,7 +67,8 @@ def overrides(config: PretrainedConfig, settings: ModelSettings) -> dict[str, An
         if not hasattr(config, name):
             what = "is dense" if name in OF_ROUTERS else f"is of type {config.model_type!r}"
             raise UsageError(f"{name}: the model's configuration has no such field; it {what}.")
-    make_config(type(config), config.to_dict() | made, UsageError, "recipe")  # or the model could not be saved
+    if made:
+        make_config(type(config), config.to_dict() | made, UsageError, "recipe")  # or the model could not be saved
     return made
 
 

@@ -73,17 +73,22 @@ def identity(report: dict[str, Any]) -> dict[str, Any]:
     return {name: report[name] for name in names if name in report}
 
 
-def _check_rows(checkpoint: Path, then: dict[str, Any], now: dict[str, Any]) -> set[str]:
+def _check_rows(checkpoint: Path, state: dict[str, Any], now: dict[str, Any]) -> set[str]:
     """The keys that may differ since another number of processes takes as many rows a step.
+
+    Args:
+        state: what the checkpoint kept.
+        now: the recipe.
 
     Raises:
         UsageError: where it would take another number of rows, or the same in another order.
     """
-    before, processes = len(read_state(checkpoint)["processes"]), PartialState().num_processes
+    before, processes = len(state["processes"]), PartialState().num_processes
     if before == processes:
         return set()
     if now.get("train_sampling_strategy") == "group_by_length":
         raise UsageError(f"{checkpoint}: was made by {before} processes, on whose number group_by_length depends.")
+    then = state["kept"]["recipe"]
     rows = before * _rows(then)
     if processes * _rows(now) != rows:
         raise UsageError(
@@ -103,11 +108,12 @@ def check_same(checkpoint: Path, recipe: TrainRecipe, data: dict[str, Any]) -> N
     Raises:
         UsageError: naming what differs.
     """
-    then, now = read_state(checkpoint)["kept"], kept(recipe, data)
+    state, now = read_state(checkpoint), kept(recipe, data)
+    then = state["kept"]
     if not then:
         raise UsageError(f"{checkpoint}: holds no recipe; it was not made by a training recipe.")
     free = FREE | (LENGTH if now["recipe"]["lr_scheduler_type"] in ENDLESS else set())
-    free |= _check_rows(checkpoint, then["recipe"], now["recipe"])
+    free |= _check_rows(checkpoint, state, now["recipe"])
     names = [name for name in {**then["recipe"], **now["recipe"]} if name not in free]
     changed = [name for name in names if then["recipe"].get(name) != now["recipe"].get(name)]
     if changed:

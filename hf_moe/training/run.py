@@ -21,7 +21,7 @@ from hf_moe.convert.checkpoint import open_checkpoint
 from hf_moe.convert.describe import describe_plan
 from hf_moe.errors import UsageError
 from hf_moe.evaluation import metrics_for, preprocess_logits_for
-from hf_moe.recipe import UpcycleRecipe
+from hf_moe.recipe import UpcycleRecipe, check_range
 from hf_moe.tasks import PreparedData, load_config, load_tokenizer, prepare_data
 
 from .callbacks import check_metric, early_stopping, tell_on_stderr
@@ -36,15 +36,14 @@ from .resume import check_same, find_checkpoint, kept
 from .trainer import MoeTrainer
 
 START = "start"  # where a dense checkpoint becomes a mixture, while the run lasts
-INF = float("inf")
 LIMITS = {  # of numbers that Trainer takes as they come
-    "per_device_train_batch_size": (1, INF),
-    "per_device_eval_batch_size": (1, INF),
-    "gradient_accumulation_steps": (1, INF),
-    "num_train_epochs": (0, INF),
-    "learning_rate": (0, INF),
-    "weight_decay": (0, INF),
-    "max_grad_norm": (0, INF),
+    "per_device_train_batch_size": (1, None),
+    "per_device_eval_batch_size": (1, None),
+    "gradient_accumulation_steps": (1, None),
+    "num_train_epochs": (0, None),
+    "learning_rate": (0, None),
+    "weight_decay": (0, None),
+    "max_grad_norm": (0, None),
     "label_smoothing_factor": (0, 1),
 }
 BY_LENGTH = ("group_by_length", "batch_rebalance")
@@ -135,9 +134,7 @@ def _check(recipe: TrainRecipe, args: TrainingArguments) -> None:
     """Raises UsageError for keys that do not go together."""
     task, method = recipe.data.task, recipe.method
     for name, (low, high) in LIMITS.items():
-        if not low <= (value := getattr(args, name)) <= high:
-            limits = f"at least {low}" if high == INF else f"between {low} and {high}"
-            raise UsageError(f"{name} is {value}; it must be {limits}.")
+        check_range(name, getattr(args, name), low, high)
     if args.label_smoothing_factor and task not in SMOOTHED:
         raise UsageError(f"label_smoothing_factor: {task} has no labels to smooth.")
     if args.train_sampling_strategy in BY_LENGTH and task == "sentence-embedding":

@@ -5,8 +5,7 @@ import json
 import pytest
 import yaml
 
-from hf_moe.cli.train import launchers
-from hf_moe.recipes import files
+from hf_moe.recipes import files, launchers
 from hf_moe.training import TrainRecipe
 
 EVERY = {file.stem: file for file in files()} | {f"accelerate/{file.stem}": file for file in launchers()}
